@@ -1,0 +1,57 @@
+"""Weight decay taken out of the optimizer: exactly once per step, on weights and nothing else.
+
+>>> import torch, wdhook
+>>> model = torch.nn.Linear(3, 2)
+>>> decay = wdhook.attach(model, 1e-4)  # then train with any optimizer that has weight_decay=0
+>>> decay.remove()
+"""
+
+from __future__ import annotations
+
+from ._attach import WeightDecay, adopt, attach
+from ._errors import (
+    AlreadyAttachedError,
+    ArgumentError,
+    DoubleDecayError,
+    LearningRateError,
+    LossScaleError,
+    MasterWeightsError,
+    NoGradientError,
+    NothingToDecayError,
+    SelectorError,
+    UnsupportedOptimizerError,
+    WdhookError,
+    WdhookWarning,
+)
+from ._oneshot import apply_weight_decay, l2_penalty
+from ._plan import Decision, Plan, PlanDiff, param_groups, plan
+from ._roles import Role
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyAttachedError",
+    "ArgumentError",
+    "Decision",
+    "DoubleDecayError",
+    "LearningRateError",
+    "LossScaleError",
+    "MasterWeightsError",
+    "NoGradientError",
+    "NothingToDecayError",
+    "Plan",
+    "PlanDiff",
+    "Role",
+    "SelectorError",
+    "UnsupportedOptimizerError",
+    "WdhookError",
+    "WdhookWarning",
+    "WeightDecay",
+    "__version__",
+    "adopt",
+    "apply_weight_decay",
+    "attach",
+    "l2_penalty",
+    "param_groups",
+    "plan",
+]

@@ -1,0 +1,104 @@
+"""The marks that other projects leave on modules and parameters, read and never written.
+
+Two kinds of mark exist: *how much* (exempt, or a weight decay of its own) and *what for* (a role). Each is kept
+with the words that a report prints as its reason.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+WRAPPER_PREFIX = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What DistributedDataParallel, torch.compile, FSDP and activation checkpointing insert into parameter names."""
+
+_EXEMPT_FLAGS = ("_no_weight_decay", "no_weight_decay", "skip_weight_decay")
+_MODULE_ATTRIBUTES = ("no_weight_decay", "no_weight_decay_keywords")
+_EMBEDDING_FLAGS = ("is_embedding_parameter", "shared_embedding", "is_embedding_or_output_parameter")
+
+
+def bare_name(name: str) -> str:
+    """The parameter's name as it was before the model was wrapped."""
+    return WRAPPER_PREFIX.sub("", name)
+
+
+def is_plain(parameter: torch.Tensor) -> bool:
+    """Whether nobody wrote anything on the parameter: most are, and looking up absent attributes is slow."""
+    return type(parameter) is nn.Parameter and not parameter.__dict__
+
+
+def parameter_mark(parameter: torch.Tensor) -> tuple[float, str] | None:
+    """An explicit weight decay that somebody wrote on the parameter itself, with its reason."""
+    options = getattr(parameter, "_optim", None)  # S4: {"weight_decay": 0.0, "lr": ...}
+    if isinstance(options, Mapping) and options.get("weight_decay") is not None:
+        return float(options["weight_decay"]), f"marked _optim[weight_decay]={options['weight_decay']}"
+    for flag in _EXEMPT_FLAGS:
+        if _is_true(getattr(parameter, flag, None)):
+            return 0.0, f"marked {flag}"
+    return None
+
+
+def embedding_mark(parameter: torch.Tensor) -> str | None:
+    """The Megatron flag that calls this parameter an embedding, if there is one."""
+    return next((flag for flag in _EMBEDDING_FLAGS if _is_true(getattr(parameter, flag, None))), None)
+
+
+def module_marks(modules: Mapping[str, nn.Module], names: Iterable[str]) -> dict[str, str]:
+    """Parameter name -> reason, for every name that some module of the model lists or flags as exempt."""
+    rules = [rule for path, module in modules.items() for rule in _rules(path, module)]
+    if not rules:
+        return {}
+    bare_names = {name: bare_name(name) for name in names}
+    marks: dict[str, str] = {}
+    for prefix, pattern, reason in rules:
+        for name, bare in bare_names.items():
+            if bare.startswith(prefix) and pattern.match(bare, len(prefix)):
+                marks.setdefault(name, reason)
+    return marks
+
+
+def _rules(path: str, module: nn.Module) -> Iterator[tuple[str, re.Pattern[str], str]]:
+    """(name prefix, pattern for the rest of the name, reason) for what one module says about its parameters."""
+    for attribute in _MODULE_ATTRIBUTES:
+        said = _attribute(module, attribute)
+        if said is None or said is False:
+            continue
+        prefix = bare_name(f"{path}.") if path else ""
+        if said is True:
+            yield prefix, re.compile(""), f"{path or 'the model'} is marked {attribute}"
+            continue
+        listed = _strings(said() if callable(said) else said)
+        if listed:
+            where = f"{path}.{attribute}" if path else attribute
+            yield prefix, _pattern(listed, attribute), f"listed by {where}{'()' if callable(said) else ''}"
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """`getattr(module, name, None)`, without the slow failing path of `nn.Module` where it can be seen from outside."""
+    if name in module.__dict__ or hasattr(type(module), name) or isinstance(module, torch.jit.ScriptModule):
+        return getattr(module, name, None)
+    return None
+
+
+def _pattern(listed: list[str], attribute: str) -> re.Pattern[str]:
+    """One expression for all entries: full names and globs, or substrings for the keywords."""
+    if attribute == "no_weight_decay_keywords":
+        return re.compile(f".*(?:{'|'.join(map(re.escape, listed))})")
+    return re.compile("|".join(fnmatch.translate(bare_name(entry)) for entry in listed))
+
+
+def _strings(listed: Any) -> list[str]:
+    """The names in a list, set or dict; a lone string is one name."""
+    if isinstance(listed, str):
+        return [listed]
+    return sorted(str(entry) for entry in listed) if isinstance(listed, Iterable) else []
+
+
+def _is_true(flag: Any) -> bool:
+    """True for a set flag, False for a method of the same name (`module.no_weight_decay()`)."""
+    return isinstance(flag, (bool, int)) and bool(flag)

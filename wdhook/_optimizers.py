@@ -1,0 +1,133 @@
+"""What can be read off an optimizer and its param groups. Nothing here changes either."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any, Union
+
+import torch
+from torch.optim import Optimizer
+
+from ._arithmetic import Number
+from ._errors import LearningRateError, UnsupportedOptimizerError
+
+_GradScaler: Any = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # torch.amp has it since 2.3
+
+_ESTIMATES = {"d0", "d_coef", "growth_rate"}  # what surrounds the estimate `d`; torch's Adafactor has another `d`
+
+LearningRate = Union[float, Callable[[Mapping[str, Any]], Number]]
+"""A number, or a function of the param group that owns the parameter."""
+
+
+def learning_rate(group: Mapping[str, Any], given: LearningRate | None) -> Number:
+    """The learning rate of a step, from `given` if there is one, else from the param group.
+
+    Raises:
+        LearningRateError: the group has none, or its ``lr`` is not what the update is multiplied with.
+    """
+    if given is not None:
+        value = given(group) if callable(given) else given
+        if value is None:
+            raise LearningRateError("`lr` is a function that returned None for a param group.")
+        return value  # type: ignore[no-any-return]
+    value = group.get("lr")
+    if value is None:
+        raise LearningRateError(
+            "Decoupled decay needs a learning rate, and the param group has none that it could read "
+            "(as with Adafactor's relative step).\n"
+            f"  group['lr']: {value!r}\n"
+            '  Give it with `lr=`, a float or a function of the group, or use mode="coupled"'
+        )
+    if "d" in group and not _ESTIMATES.isdisjoint(group):
+        raise LearningRateError(
+            "The param group scales its learning rate with an estimate `d` (Prodigy, D-Adaptation), so "
+            "`lr` alone is not the effective one.\n"
+            f"  group['lr']: {value!r}\n  group['d']: {group['d']!r}\n"
+            '  Give it with `lr=lambda group: group["lr"] * group["d"]`'
+        )
+    return value  # type: ignore[no-any-return]
+
+
+def peak_learning_rate(group: Mapping[str, Any], seen: Number | None, now: Number) -> Number:
+    """The largest learning rate of a run, as far as it is known.
+
+    Schedulers of torch note theirs in the group (``max_lr``, ``initial_lr``); else it is the largest
+    seen so far.
+    """
+    known = [group.get("max_lr"), group.get("initial_lr"), seen, now]
+    numbers = [k for k in known if k is not None]
+    if any(isinstance(k, torch.Tensor) for k in numbers):
+        device = next(k.device for k in numbers if isinstance(k, torch.Tensor))
+        return torch.stack([torch.as_tensor(k, device=device).detach() for k in numbers]).max()
+    return max(numbers)
+
+
+def check_supports_decoupled(optimizer: Optimizer) -> None:
+    """Raise for optimizers that keep two sequences of weights (ScheduleFree).
+
+    Shrinking the point at which the gradient is taken does not shrink the other sequence, so
+    p ← p·(1 − lr·λ) has no meaning there. Such optimizers have to be told which sequence the model
+    should hold, by ``train()`` and ``eval()``.
+    """
+    for inner in inner_optimizers(optimizer):
+        return check_supports_decoupled(inner)
+    switches = all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+    if switches or any("train_mode" in group for group in optimizer.param_groups):
+        raise UnsupportedOptimizerError(
+            "Decoupled decay cannot be taken out of an optimizer that keeps two sequences of weights "
+            "(ScheduleFree): it would shrink one of them only.\n"
+            f"  optimizer: {type(optimizer).__name__}\n"
+            '  Use mode="coupled", or give the optimizer wdhook.param_groups(model, λ) and let it decay'
+        )
+    return None
+
+
+def inner_optimizers(optimizer: object) -> Iterator[Optimizer]:
+    """Optimizers that `optimizer` holds as attributes, as SAM, Lookahead and accelerate's wrapper do."""
+    for value in vars(optimizer).values():
+        if isinstance(value, Optimizer) and value is not optimizer:
+            yield value
+
+
+def own_mode(optimizer: Optimizer) -> str | None:
+    """``"coupled"`` or ``"decoupled"`` where the formula of the optimizer's own decay is known."""
+    kind = type(optimizer)
+    if not kind.__module__.startswith("torch.optim."):
+        return None  # a subclass may do anything with the number
+    if kind.__name__ in ("AdamW", "Adafactor", "Muon"):
+        return "decoupled"
+    decoupled = optimizer.param_groups[0].get("decoupled_weight_decay", False)
+    return "decoupled" if decoupled else "coupled"
+
+
+def is_nested_step() -> bool:
+    """Whether an optimizer step runs inside another one, as in a subclass that calls ``super().step()``.
+
+    A step that raised leaves no word behind, so the call stack is the only witness of those that still run.
+    """
+    return sum(frame.f_code.co_name == "wrapper" and isinstance(_self(frame), Optimizer) for frame in _callers()) > 1
+
+
+def stepping_scaler() -> Any | None:
+    """The enabled ``GradScaler`` whose ``step`` is running, if there is one.
+
+    A scaler leaves no trace on an optimizer that it has un-scaled, so the call stack is the only witness.
+    """
+    for frame in _callers():
+        scaler = _self(frame)
+        if isinstance(scaler, _GradScaler) and scaler.is_enabled():
+            return scaler
+    return None
+
+
+def _callers() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _self(frame: FrameType) -> Any:
+    return frame.f_locals.get("self")

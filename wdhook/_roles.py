@@ -1,0 +1,281 @@
+"""What a parameter is for: the pure classifier.
+
+Evidence is asked in a fixed order, and the first that speaks decides: explicit marks, the type of the owner module,
+the family that the type's name belongs to, the parameter's own name, the structure of its owner, and only then its
+shape, counted in dimensions larger than one, because a (1, 1, C) scale is a vector.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+
+from wdhook._conventions import embedding_mark, is_plain, module_marks, parameter_mark
+from wdhook._role_names import Family, Hint, Role, family_of, may_hold_weight, meaning_of
+
+__all__ = ["DECAYED_ROLES", "Role", "Verdict", "classify"]
+
+DECAYED_ROLES: frozenset[Role] = frozenset({Role.WEIGHT, Role.EMBEDDING})
+"""The roles that are decayed unless somebody says otherwise."""
+
+_NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+if hasattr(nn, "RMSNorm"):  # torch >= 2.4
+    _NORMS += (nn.RMSNorm,)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_WEIGHTS = (nn.Linear, _ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+_SLOPES = (nn.PReLU,)
+_PARAMETER_CONTAINERS = (nn.ParameterList, nn.ParameterDict)
+_CONTAINERS = (*_PARAMETER_CONTAINERS, nn.ModuleList, nn.ModuleDict)
+
+
+Shape: TypeAlias = "tuple[int, ...] | None"  # None: a lazy parameter does not know it yet
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The role of one parameter and the evidence for it."""
+
+    role: Role
+    reason: str
+    guess: bool = False
+    weight_decay: float | None = None
+    """An explicit mark: 0.0 exempts, another float is a λ of its own; None follows the role."""
+
+    @property
+    def decayed(self) -> bool:
+        """Whether weight decay applies by default."""
+        return self.weight_decay > 0 if self.weight_decay is not None else self.role in DECAYED_ROLES
+
+
+def classify(model: nn.Module) -> dict[str, Verdict]:
+    """The verdict on every parameter, under the names and in the order of `model.named_parameters()`.
+
+    A parameter with several owners has one entry. It is exempt if any owner or mark says so, because a bias or a
+    scale stays one when it is shared; an embedding that is also the output layer is decayed, once.
+    """
+    modules = dict(model.named_modules())
+    listed = module_marks(modules, (name for name, *_ in _seats(modules)))
+    reader = _Reader(modules)
+    found: dict[int, Verdict] = {}
+    for name, path, local, parameter in _seats(modules):
+        verdict = _marked(reader.read(path, local, parameter), parameter, listed.get(name))
+        known = found.setdefault(id(parameter), verdict)
+        if known is not verdict and known.decayed and not verdict.decayed:
+            found[id(parameter)] = verdict
+    return {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def _seats(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str, str, torch.Tensor]]:
+    """(full name, owner's path, local name, parameter) for every place that holds a parameter."""
+    for path, module in modules.items():
+        for local, parameter in module._parameters.items():
+            if parameter is not None:
+                yield (f"{path}.{local}" if path else local), path, local, parameter
+
+
+def _marked(verdict: Verdict, parameter: torch.Tensor, listed: str | None) -> Verdict:
+    """The verdict after the explicit marks, which outrank all other evidence."""
+    packed = _packed(parameter)
+    if packed:
+        return packed
+    if listed is None and is_plain(parameter):
+        return verdict
+    flag = embedding_mark(parameter)
+    if flag and verdict.decayed:
+        verdict = Verdict(Role.EMBEDDING, f"marked {flag}")
+    mark = parameter_mark(parameter) or (listed and (0.0, listed))
+    return replace(verdict, weight_decay=mark[0], reason=mark[1], guess=False) if mark else verdict
+
+
+def _packed(parameter: torch.Tensor) -> Verdict | None:
+    """The verdict on storage that is not one array of numbers to shrink."""
+    if not (parameter.is_floating_point() or parameter.is_complex()) or type(parameter).__name__ == "Params4bit":
+        return Verdict(Role.OTHER, f"packed as {str(parameter.dtype).removeprefix('torch.')}, cannot be decayed")
+    if type(parameter).__name__ == "FlatParameter":
+        return Verdict(Role.OTHER, "flattened by FSDP, holds several roles (use_orig_params=True)", guess=True)
+    return None
+
+
+def _shape(parameter: torch.Tensor) -> Shape:
+    """The shape before anybody sharded it, or None while it is not known."""
+    if not is_plain(parameter):
+        whole = getattr(parameter, "ds_shape", None)  # DeepSpeed ZeRO-3 leaves an empty 1-D tensor behind
+        if whole is not None:
+            return tuple(whole)
+        if is_lazy(parameter):
+            return None
+    return tuple(parameter.shape)
+
+
+class _Reader:
+    """Reads one model, and each kind of place in it once."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self._modules = modules
+        self._known: dict[Hashable, Verdict | None] = {}
+
+    def read(self, path: str, local: str, parameter: torch.Tensor) -> Verdict:
+        """The verdict by type, name, structure and shape, in this order."""
+        module, shape = self._modules[path], _shape(parameter)
+        if isinstance(module, ParametrizationList):
+            return self._parametrized(path, local, shape)
+        if isinstance(module, _PARAMETER_CONTAINERS):
+            module, local = self._holder(path, local)
+        return self._decide(module, local, shape)
+
+    def _holder(self, path: str, local: str) -> tuple[nn.Module, str]:
+        """The module around a parameter container, and the entry named after the container: `lora_A_default`."""
+        while path and isinstance(self._modules[path], _CONTAINERS):
+            path, _, name = path.rpartition(".")
+            local = name if local.isdigit() else f"{name}_{local}"
+        return self._modules[path], local
+
+    def _parametrized(self, path: str, local: str, shape: Shape) -> Verdict:
+        """`parametrizations.weight.original1` is the weight; the magnitude of a weight norm is a scale."""
+        home, _, tensor = path.rpartition("parametrizations.")
+        kinds = "".join(type(part).__name__ for part in self._modules[path].children()).lower()
+        if local == "original0" and ("weightnorm" in kinds or _vectorlike(shape)):
+            return Verdict(Role.SCALE, "magnitude of a weight norm")
+        return self._decide(self._modules[home.removesuffix(".")], tensor, shape)
+
+    def _decide(self, owner: nn.Module, local: str, shape: Shape) -> Verdict:
+        children = tuple(map(type, owner._modules.values())) if owner._modules else ()
+        place = (type(owner), local, shape, tuple(owner._parameters), children)
+        if place not in self._known:
+            self._known[place] = (
+                _by_reparametrization(owner, local)
+                or _by_torch_type(owner, local)
+                or _by_family(owner, local, shape)
+                or _by_name(local, shape)
+            )
+        return self._known[place] or _by_structure(owner) or _by_shape(shape)
+
+
+def _family(owner: nn.Module, kind: str) -> Family | None:
+    """The family of the first class that names one, from the owner's own class upwards."""
+    bases = [base.__name__ for base in type(owner).__mro__ if not base.__module__.startswith("torch.")]
+    return next((family for family in map(family_of, [kind, *bases]) if family), None)
+
+
+def _class_name(owner: nn.Module) -> str:
+    """The name of the class as it was written: a scripted module keeps it aside."""
+    original = getattr(owner, "original_name", None) if isinstance(owner, torch.jit.ScriptModule) else None
+    return original or type(owner).__name__.removeprefix("Parametrized")
+
+
+def _vectorlike(shape: Shape) -> bool:
+    return shape is not None and sum(size != 1 for size in shape) <= 1
+
+
+def _by_reparametrization(owner: nn.Module, local: str) -> Verdict | None:
+    """Old-style `weight_norm` splits `weight` into `weight_g` and `weight_v`."""
+    if local.endswith("_g") and f"{local[:-2]}_v" in owner._parameters:
+        return Verdict(Role.SCALE, "magnitude of a weight norm")
+    return None
+
+
+_WEIGHT_NAME = re.compile(
+    r"(?:weight(?:_[ih]h|_hr)?|(?:in|q|k|v)_proj_weight)(?:_l\d+)?(?:_reverse)?(?:_orig|_raw|_v)?")
+_BIAS_NAME = re.compile(r"(?:bias(?:_[ih]h|_k|_v)?|in_proj_bias)(?:_l\d+)?(?:_reverse)?(?:_orig|_raw)?")
+
+
+def _by_torch_type(owner: nn.Module, local: str) -> Verdict | None:
+    """What torch's own classes and their subclasses say of `weight` and `bias`; never a matter of shape."""
+    if _BIAS_NAME.fullmatch(local):
+        role, bases = Role.BIAS, _WEIGHTS
+    elif _WEIGHT_NAME.fullmatch(local):
+        role, bases = Role.WEIGHT, _WEIGHTS
+    else:
+        return None
+    for kind, own_role in ((bases, role), (_NORMS, Role.NORM), (_EMBEDDINGS, Role.EMBEDDING), (_SLOPES, Role.SCALE)):
+        if isinstance(owner, kind):
+            return Verdict(own_role, _owner_is(owner, kind))
+    return None
+
+
+def _owner_is(owner: nn.Module, bases: tuple[type[nn.Module], ...]) -> str:
+    """'owner is nn.Linear', or 'owner is Router, a nn.Linear' for a subclass."""
+    kind = type(owner)
+    torch_class = next(c for c in kind.__mro__ if c.__module__.startswith("torch.nn.modules") or c in bases)
+    name = f"nn.{torch_class.__name__}"
+    return f"owner is {name}" if torch_class is kind else f"owner is {kind.__name__}, a {name}"
+
+
+_PLAIN_WEIGHT = re.compile(r"weight(?:_orig|_v)?|w\d*")
+
+
+def _by_family(owner: nn.Module, local: str, shape: Shape) -> Verdict | None:
+    """What the name of the owner's class promises."""
+    kind = _class_name(owner)
+    family, reason = _family(owner, kind), f"owner is called {kind}"
+    plain = _PLAIN_WEIGHT.fullmatch(local) is not None
+    if family is Family.NORM:
+        all_of_it = not may_hold_weight(kind) and not _has_weighted_children(owner)
+        return Verdict(Role.NORM, reason) if all_of_it or _vectorlike(shape) else None
+    if family is Family.SCALE and _vectorlike(shape):
+        return Verdict(Role.SCALE, reason)
+    if family is Family.EMBEDDING and (plain or _is_the_table(owner, local, shape)):
+        return Verdict(Role.EMBEDDING, reason)
+    if family is Family.WEIGHT and plain:
+        return Verdict(Role.WEIGHT, reason)
+    return None
+
+
+def _is_the_table(owner: nn.Module, local: str, shape: Shape) -> bool:
+    """The only parameter of an embedding class, a true matrix not named after positions, is what it looks up."""
+    alone = len(list(owner.parameters())) == 1
+    return alone and not _vectorlike(shape) and len(shape or ()) == 2 and not local.startswith(("pos", "rel_pos"))
+
+
+def _by_name(local: str, shape: Shape) -> Verdict | None:
+    """What the local name says."""
+    meaning, reason = meaning_of(local), f"named {local!r}"
+    if meaning is None or meaning is Hint.SHAPE:
+        return None
+    if meaning is Hint.FIRM_WEIGHT:
+        return Verdict(Role.WEIGHT, reason)
+    if meaning is Hint.MATRIX:
+        return _weight_or_scale(reason, shape)
+    if meaning is Role.EMBEDDING and _vectorlike(shape):
+        return Verdict(Role.POSITION, f"{reason}, a vector")
+    return Verdict(Role(meaning), reason)
+
+
+def _weight_or_scale(reason: str, shape: Shape) -> Verdict:
+    """A `weight` or a `gate` multiplies: as a matrix it contracts, as a vector it scales."""
+    if not _vectorlike(shape):
+        return Verdict(Role.WEIGHT, reason)
+    if shape and len(shape) > 1 and shape[-1] == 1 and shape[0] != 1:
+        return Verdict(Role.WEIGHT, f"{reason}, a column", guess=True)
+    return Verdict(Role.SCALE, f"{reason}, a vector", guess=True)
+
+
+def _by_structure(owner: nn.Module) -> Verdict | None:
+    """A module with an `eps`, only vectors and no weighted children normalizes, whatever its name."""
+    if not any(hasattr(owner, name) for name in ("eps", "epsilon", "variance_epsilon", "norm_eps")):
+        return None
+    own = [parameter for parameter in owner._parameters.values() if parameter is not None]
+    if _has_weighted_children(owner) or not all(_vectorlike(_shape(parameter)) for parameter in own):
+        return None
+    return Verdict(Role.NORM, "owner has an eps and only vectors", guess=True)
+
+
+def _has_weighted_children(owner: nn.Module) -> bool:
+    return any(next(child.parameters(), None) is not None for child in owner.children())
+
+
+def _by_shape(shape: Shape) -> Verdict:
+    """The last resort."""
+    if shape is None:
+        return Verdict(Role.WEIGHT, "shape not known yet, owner unknown", guess=True)
+    dims = sum(size != 1 for size in shape)
+    return Verdict(Role.OTHER if dims <= 1 else Role.WEIGHT, f"{dims}-D, owner unknown", guess=True)

@@ -1,0 +1,129 @@
+"""Plans as text: a table a person can believe, also for 300 parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ._plan import Decision
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a path component that is a number: the 3 of "layers.3.fc"
+Index = tuple[tuple[int, int], ...]  # one (first, last) for each number of a name
+
+
+def plan_table(weight_decay: float, decisions: Sequence[Decision]) -> str:
+    """The decisions as a table: guesses first, then model order, and totals by role."""
+    decayed = [d for d in decisions if d.weight_decay > 0]
+    ordered = sorted(decisions, key=lambda d: not d.guess)
+    rows = [("parameter", "shape", "role", "λ", "reason")]
+    rows += [(name, _shape(d), str(d.role), f"{d.weight_decay:g}", _reason(d)) for name, d in fold(ordered)]
+    return "\n".join(
+        [
+            f"weight decay {weight_decay:g} on {len(decayed)} of {len(decisions)} tensors, "
+            f"{_count(sum(d.numel for d in decayed))} of {_count(sum(d.numel for d in decisions))} elements",
+            "",
+            *_aligned(rows),
+            "",
+            *_aligned(_totals(decisions), right=range(1, 5)),
+        ]
+    )
+
+
+def diff_table(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) -> str:
+    """What two plans decide differently, as a table."""
+    numel = sum((a or b).numel for a, b in pairs.values())  # type: ignore[union-attr]
+    rows = [("parameter", "shape", "λ", "λ of other", "reason", "reason of other")]
+    for name, (one, other) in pairs.items():
+        known = one or other
+        assert known is not None
+        rows.append((name, _shape(known), _λ(one), _λ(other), _why(one), _why(other)))
+    head = f"{len(pairs)} tensors with {_count(numel)} elements are decided differently"
+    return "\n".join([head, "", *_aligned(rows)]) if pairs else head
+
+
+def fold(decisions: Iterable[Decision]) -> list[tuple[str, Decision]]:
+    """Join decisions that differ only in the numbers of their names.
+
+    Returns:
+        (label, first decision) for each run, such as ``layers.0-11.attn.qkv.weight ×12``.
+    """
+    groups: dict[tuple[object, ...], list[tuple[Index, Decision]]] = {}
+    for d in decisions:
+        index = tuple((int(n), int(n)) for n in _NUMBER.findall(d.name))
+        reason = _NUMBER.sub("#", d.reason)
+        key = (_NUMBER.sub("#", d.name), d.shape, d.role, d.weight_decay, reason, d.guess)
+        groups.setdefault(key, []).append((index, d))
+    return [
+        (_label(d.name, index), d)
+        for members in groups.values()
+        for index, d in _joined(members, len(members[0][0]))
+    ]
+
+
+def _joined(members: list[tuple[Index, Decision]], depth: int) -> list[tuple[Index, Decision]]:
+    """Join neighbours along one number at a time, the innermost first."""
+    for at in reversed(range(depth)):
+        runs: dict[Index, list[tuple[Index, Decision]]] = {}
+        for index, d in members:
+            run = runs.setdefault(index[:at] + index[at + 1 :], [])
+            if run and run[-1][0][at][1] + 1 == index[at][0]:
+                (low, _), first = run[-1][0][at], run[-1][1]
+                run[-1] = ((*index[:at], (low, index[at][1]), *index[at + 1:]), first)
+            else:
+                run.append((index, d))
+        members = [member for run in runs.values() for member in run]
+    return members
+
+
+def _label(name: str, index: Index) -> str:
+    parts = iter(index)
+    text = _NUMBER.sub(lambda _: "{}-{}".format(*part) if (part := next(parts))[0] != part[1] else str(part[0]), name)
+    times = 1
+    for low, high in index:
+        times *= high - low + 1
+    return f"{text} ×{times}" if times > 1 else text
+
+
+def _totals(decisions: Sequence[Decision]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("role", "tensors", "decayed", "elements", "decayed")]
+    for role in (*dict.fromkeys(d.role for d in decisions), None):
+        mine = [d for d in decisions if role is None or d.role == role]
+        on = [d for d in mine if d.weight_decay > 0]
+        elements = _count(sum(d.numel for d in mine)), _count(sum(d.numel for d in on))
+        rows.append((str(role or "all"), str(len(mine)), str(len(on)), *elements))
+    return rows
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], right: Iterable[int] = ()) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=False)]
+    right = set(right)
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def _shape(decision: Decision) -> str:
+    return "×".join(map(str, decision.shape)) or ("scalar" if decision.numel else "lazy")
+
+
+def _reason(decision: Decision) -> str:
+    return f"guess: {decision.reason}" if decision.guess else decision.reason
+
+
+def _count(number: int) -> str:
+    return f"{number:,}"
+
+
+def _λ(decision: Decision | None) -> str:
+    return "absent" if decision is None else f"{decision.weight_decay:g}"
+
+
+def _why(decision: Decision | None) -> str:
+    return "" if decision is None else decision.reason
