@@ -13,12 +13,12 @@ last bit. Callers turn grad mode off.
 
 from __future__ import annotations
 
-from typing import Union
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Number = Union[float, Tensor]
+Number = float | Tensor
 """A Python number, or a 0-dim tensor that stays on its device."""
 
 
@@ -74,6 +74,14 @@ def mul_all_(params: list[Tensor], by: Number, foreach: bool) -> None:
     else:
         for param in params:
             param.mul_(by)
+
+
+def loss_scale(scaler: Any | None, device: torch.device) -> Tensor | None:
+    """The factor that a ``GradScaler`` multiplies the loss with: 0-dim, on `device`; None where there is none."""
+    if scaler is None or not scaler.is_enabled():
+        return None
+    scale: Tensor = scaler.scale(torch.ones((), device=device))
+    return scale
 
 
 def scaled(weight_decay: float, scale: Tensor | None) -> Number:

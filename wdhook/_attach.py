@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import numbers
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, Union
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ._engine import Engine, Settings
+from ._engine import Engine
 from ._errors import AlreadyAttachedError, ArgumentError, LearningRateError
 from ._listener import attached, listen
+from ._numbers import check_weight_decay, is_number
 from ._optimizers import LearningRate, check_supports_decoupled, learning_rate, own_mode
 from ._overrides import Overrides
 from ._plan import Plan, plan, require_eligible
+from ._state import Settings
 
 MODES = ("coupled", "decoupled", "independent")
 MOMENTS = ("backward", "step")
-Optimizers = Union[Optimizer, Iterable[Optimizer]]
+Optimizers = Optimizer | Iterable[Optimizer]
 
 
 class WeightDecay:
@@ -78,14 +79,15 @@ class WeightDecay:
         Raises:
             ArgumentError: (setter) not a number, negative or not finite.
         """
-        return self.plan.weight_decay
+        return self._plan.weight_decay if self._engine is None else self._engine.weight_decay
 
     @weight_decay.setter
     def weight_decay(self, value: float) -> None:
-        new = self.plan.scaled_to(value)
-        if self._engine is not None:
-            self._engine.set_weight_decay(new)
-        self._plan = new
+        new = check_weight_decay(value)
+        if self._engine is None:
+            self._plan = self._plan.scaled_to(new)
+        else:
+            self._engine.weight_decay = new
 
     @property
     def plan(self) -> Plan:
@@ -313,12 +315,13 @@ def _optimizers(given: Optimizers | None) -> tuple[Any, ...]:
 
 
 def _check_lr(mode: str, at: str, optimizers: tuple[Any, ...], lr: LearningRate | None) -> None:
-    is_number = isinstance(lr, numbers.Real) and not isinstance(lr, bool)
-    if lr is not None and not (callable(lr) or is_number or hasattr(lr, "device")):
+    if lr is not None and not (callable(lr) or is_number(lr) or isinstance(lr, Tensor)):
         raise ArgumentError(f"`lr` must be a number or a function of a param group.\n  got: {lr!r}")
     if mode == "coupled":
         if lr is not None:
-            raise ArgumentError('`lr` has no meaning with mode="coupled": the optimizer applies its own.\n  got: {lr!r}')
+            raise ArgumentError(
+                f'`lr` has no meaning with mode="coupled": the optimizer applies its own.\n  got: {lr!r}'
+            )
         return
     for optimizer in optimizers:
         check_supports_decoupled(optimizer)
@@ -355,7 +358,7 @@ def _check_free(engine: Engine, wanted: Plan) -> None:
             if key in mine:
                 raise AlreadyAttachedError(
                     "A parameter is decayed by another handle already.\n"
-                    f"  parameter: {mine[key]}\n  that handle: weight_decay={other.plan.weight_decay:g}, "
+                    f"  parameter: {mine[key]}\n  that handle: weight_decay={other.weight_decay:g}, "
                     f"mode={other.settings.mode!r}, name there: {name}\n"
                     f"  this call: weight_decay={wanted.weight_decay:g}\n"
                     "  Call remove() on the first handle, or exempt the parameter in one of them with `overrides`"

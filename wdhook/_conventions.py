@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-WRAPPER_PREFIX = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WRAPPER_PREFIX = re.compile(
+    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 """What DistributedDataParallel, torch.compile, FSDP and activation checkpointing insert into parameter names."""
 
 _EXEMPT_FLAGS = ("_no_weight_decay", "no_weight_decay", "skip_weight_decay")
@@ -79,7 +81,7 @@ def _rules(path: str, module: nn.Module) -> Iterator[tuple[str, re.Pattern[str],
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
-    """`getattr(module, name, None)`, without the slow failing path of `nn.Module` where it can be seen from outside."""
+    """`getattr(module, name, None)`, without the slow failing path of `nn.Module.__getattr__`."""
     if name in module.__dict__ or hasattr(type(module), name) or isinstance(module, torch.jit.ScriptModule):
         return getattr(module, name, None)
     return None

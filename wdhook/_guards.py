@@ -13,7 +13,8 @@ from ._errors import DoubleDecayError, LossScaleError, MasterWeightsError, Unsup
 from ._optimizers import check_supports_decoupled, learning_rate, stepping_scaler
 
 if TYPE_CHECKING:
-    from ._engine import Engine, Pair, View
+    from ._engine import Engine
+    from ._state import Pair, View
 
 
 def decays_itself(group: Mapping[str, Any]) -> bool:
@@ -29,7 +30,8 @@ def check_step(engine: Engine, optimizer: Optimizer, view: View, claimed: bool) 
     """
     settings = engine.settings
     if not view.has_entries():
-        _check_copies(engine, optimizer, claimed)
+        if not (view.wraps or claimed):
+            _check_copies(engine, optimizer)
         return
     for index, (group, buckets) in enumerate(zip(optimizer.param_groups, view.buckets, strict=False)):
         active = next((bucket[0] for bucket in buckets if bucket[0][1].alpha), None)
@@ -53,8 +55,8 @@ def _check_once(engine: Engine, optimizer: Optimizer, view: View) -> None:
     elif settings.at == "backward":
         if settings.scaler is None and stepping_scaler() is not None:
             raise LossScaleError(
-                "The loss is scaled by a GradScaler that `attach` was not told about: the decay in the gradients is too "
-                "weak by the factor of the scale (65536 at first).\n"
+                "The loss is scaled by a GradScaler that `attach` was not told about: the decay in the gradients "
+                "is too weak by the factor of the scale (65536 at first).\n"
                 f"  optimizer: {type(optimizer).__name__}\n"
                 '  Use attach(..., scaler=scaler), or attach(..., at="step")'
             )
@@ -91,21 +93,21 @@ def _check_strays(engine: Engine, view: View) -> None:
             raise _master_weights(entry.name, param, "none of those given as `optimizer`")
 
 
-def _check_copies(engine: Engine, optimizer: Optimizer, claimed: bool) -> None:
+def _check_copies(engine: Engine, optimizer: Optimizer) -> None:
     """An optimizer that owns nothing of ours may step copies: then decay at the step changes nothing.
 
     Told by the size of what it steps: the model's, to the element. (An optimizer that was given to `attach`
     and owns nothing needs no such guess.)
     """
     settings = engine.settings
-    if claimed or engine.was_owned or (settings.mode == "coupled" and settings.at == "backward"):
+    if engine.was_owned or (settings.mode == "coupled" and settings.at == "backward"):
         return
     waiting = next(_waiting(engine), None)
     if waiting is None:
         return
     stepped = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     trained = sum(p.numel() for _, p in engine.parameters() if p.requires_grad)
-    if optimizer in engine.optimizers() or stepped == trained:
+    if engine.was_given(optimizer) or stepped == trained:
         raise _master_weights(*waiting, type(optimizer).__name__)
 
 

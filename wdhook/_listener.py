@@ -12,7 +12,9 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from ._engine import Engine, View
+from . import _step as step
+from ._engine import Engine
+from ._state import View
 
 _engines: dict[int, Engine] = {}
 _registered: list[RemovableHandle] = []
@@ -43,11 +45,11 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     # Nothing is changed for anybody before everybody has agreed.
     views = [(engine, engine.view(optimizer)) for engine in attached()]
     claimed = any(view.has_entries() for _, view in views)
-    ours = [(engine, view) for engine, view in views if engine.check(optimizer, view, claimed)]
+    ours = [(engine, view) for engine, view in views if step.check(engine, optimizer, view, claimed)]
     if not ours:
         return None
     for engine, _ in ours:
-        engine.begin(optimizer)
+        step.begin(engine, optimizer)
     # args[0] is the optimizer itself.
     if len(args) > 1 and callable(args[1]):
         return (args[0], _decaying(args[1], optimizer, ours), *args[2:]), kwargs
@@ -72,9 +74,9 @@ def _decaying(
 
 def _decay(optimizer: Optimizer, ours: list[tuple[Engine, View]], evaluated: bool) -> None:
     for engine, view in ours:
-        engine.decay(optimizer, view, evaluated)
+        step.decay(engine, optimizer, view, evaluated)
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for engine in attached():
-        engine.end(optimizer)
+        step.end(engine, optimizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import TypeGuard
 
 from ._errors import ArgumentError
 
@@ -14,10 +15,16 @@ def check_weight_decay(value: object, argument: str = "weight_decay") -> float:
     Raises:
         ArgumentError: it is negative, not finite or not a number.
     """
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if not is_number(value):
         raise ArgumentError(f"`{argument}` must be a number.\n  got: {value!r} ({type(value).__name__})")
-    if not (math.isfinite(value) and value >= 0):
+    λ = float(value)
+    if not (math.isfinite(λ) and λ >= 0):
         raise ArgumentError(
             f"`{argument}` must be finite and not negative: it is the λ of one optimizer step.\n  got: {value!r}"
         )
-    return float(value)
+    return λ
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is a real number (of numpy's, too), and not a truth value."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

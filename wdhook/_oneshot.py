@@ -71,7 +71,7 @@ def apply_weight_decay(
             params, grads = [p for p, _ in pairs], [g for _, g in pairs]
             many = plain and len(pairs) > 1 if foreach is None else foreach
             if lr is None:
-                arithmetic.add_all_(grads, params, λ, _scale(scaler, device), many)
+                arithmetic.add_all_(grads, params, λ, arithmetic.loss_scale(scaler, device), many)
             else:
                 arithmetic.mul_all_(params, arithmetic.factor(lr, λ), many)
 
@@ -140,14 +140,6 @@ def _check_unattached(chosen: list[tuple[nn.Parameter, Decision]]) -> None:
 
 def _decay_rows(param: Tensor, grad: Tensor, λ: float, lr: float | None, scaler: Any | None) -> None:
     if lr is None:
-        arithmetic.add_rows_(grad, param, arithmetic.scaled(λ, _scale(scaler, grad.device)), None)
+        arithmetic.add_rows_(grad, param, arithmetic.scaled(λ, arithmetic.loss_scale(scaler, grad.device)), None)
     else:
         arithmetic.mul_rows_(grad, param, arithmetic.factor(lr, λ), None)
-
-
-def _scale(scaler: Any | None, device: torch.device) -> Tensor | None:
-    if scaler is None or not scaler.is_enabled():
-        return None
-    scale: Tensor = scaler.scale(torch.ones((), device=device))
-    return scale
-

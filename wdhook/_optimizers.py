@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -17,7 +17,7 @@ _GradScaler: Any = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  
 
 _ESTIMATES = {"d0", "d_coef", "growth_rate"}  # what surrounds the estimate `d`; torch's Adafactor has another `d`
 
-LearningRate = Union[float, Callable[[Mapping[str, Any]], Number]]
+LearningRate = Number | Callable[[Mapping[str, Any]], Number]
 """A number, or a function of the param group that owns the parameter."""
 
 
@@ -27,6 +27,7 @@ def learning_rate(group: Mapping[str, Any], given: LearningRate | None) -> Numbe
     Raises:
         LearningRateError: the group has none, or its ``lr`` is not what the update is multiplied with.
     """
+    value: Any
     if given is not None:
         value = given(group) if callable(given) else given
         if value is None:

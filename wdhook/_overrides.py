@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from ._numbers import check_weight_decay
 from ._roles import Role
 
 Predicate = Callable[[str, nn.Module, nn.Parameter], bool]
-Selector = Union[Role, str, type, Predicate]
+Selector = Role | str | type | Predicate
 Overrides = Mapping[Any, float | bool]
 """Selector → λ. (`Mapping` is invariant in its keys, hence `Any`; see `Selector`.)"""
 

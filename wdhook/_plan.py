@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from ._conventions import bare_name
 from ._errors import ArgumentError, NothingToDecayError, WdhookError
@@ -178,7 +178,7 @@ class PlanDiff(Mapping[str, "tuple[Decision | None, Decision | None]"]):
     @property
     def numel(self) -> int:
         """Number of elements about which the two plans disagree."""
-        return sum((a or b).numel for a, b in self.values())  # type: ignore[union-attr]
+        return sum(known.numel for pair in self.values() if (known := pair[0] or pair[1]))
 
     def __str__(self) -> str:
         return diff_table(self)
@@ -299,8 +299,8 @@ def _follow_recipe(model: nn.Module, recipe: str, weight_decay: float) -> dict[s
     }
 
 
-def _extent(parameter: nn.Parameter) -> tuple[tuple[int, ...], int]:
-    if isinstance(parameter, UninitializedTensorMixin):
+def _extent(parameter: Any) -> tuple[tuple[int, ...], int]:
+    if is_lazy(parameter):
         return (), 0
     return tuple(parameter.shape), parameter.numel()
 

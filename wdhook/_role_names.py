@@ -1,8 +1,8 @@
 """What names say about a parameter's role: the class name of its owner, and its own local name.
 
 Both are read like English compounds, from the last word to the first: `logit_scale`, `expert_bias` and `gate_up_proj`
-are a scale, a bias and a projection, a `LayerNormLinear` is a linear layer and an `AdaLayerNorm` a norm. The full path
-is never read: paths hold "norm", "bias" or "pos" for reasons of their own.
+are a scale, a bias and a projection, a `LayerNormLinear` is a linear layer and an `AdaLayerNorm` a norm. The full
+path is never read: paths hold "norm", "bias" or "pos" for reasons of their own.
 """
 
 from __future__ import annotations
@@ -48,14 +48,16 @@ def _words(name: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------- class names
 
 _CLASS_NICKNAME = re.compile(
-    r"(?P<NORM>^(?i:dyt|dynamic_?(?:tanh|erf)|derf|[fg]rn|cln|[lbgi]n\d?d?|evo)(?![a-z])|[LBG]N$)|(?P<SCALE>^Dora)")
+    r"(?P<NORM>^(?i:dyt|dynamic_?(?:tanh|erf)|derf|[fg]rn|cln|[lbgi]n\d?d?|evo)(?![a-z])|[LBG]N$)|(?P<SCALE>^Dora)"
+)
 """Norms that are not called so, and the magnitude layers of DoRA, which are called linear or convolution."""
 
 _CLASS_WORD = re.compile(
     r"(?P<NORM>norm$)|(?P<SCALE>^(?:scale|rescale|layerscale|snake|snakebeta|prelu|affine)$)"
     r"|(?P<EMBEDDING>^embed|embeddings?$|^lookup$)"
     r"|(?P<WEIGHT>(?:linear|conv|dense|projection|projector|router|head)$|^(?:proj|experts?|lora|mlp)$)"
-    r"|(?P<COMPOSITE>(?:attention|attn|block|model|network|encoder|decoder|transformer|stem|ffn|mixer|layers?|net)$)")
+    r"|(?P<COMPOSITE>(?:attention|attn|block|model|network|encoder|decoder|transformer|stem|ffn|mixer|layers?|net)$)"
+)
 
 _WEIGHT_CLASS = re.compile(r"linear|conv|embed|dense", re.I)
 
@@ -87,21 +89,24 @@ class Hint(enum.Enum):
 Meaning = Role | Hint
 
 
+def _meaning(name: str) -> Meaning:
+    return Role[name] if name in Role.__members__ else Hint[name]
+
+
 def _dictionary(**nouns: str) -> dict[str, Meaning]:
-    return {
-        noun: Role[kind] if kind in Role.__members__ else Hint[kind] for kind, listed in nouns.items() for noun in listed.split()
-    }
+    return {noun: _meaning(kind) for kind, listed in nouns.items() for noun in listed.split()}
 
 
 _NOUNS = _dictionary(
     BIAS="bias biases beta betas shift shifts offset offsets sink sinks threshold thresholds",
-    SCALE="scale scales scaling gamma gammas gain gains alpha alphas temperature temperatures temp lambda lambdas tau ls "
-    "layerscale skipscale multiplier slope slopes factor factors magnitude",
+    SCALE="scale scales scaling gamma gammas gain gains alpha alphas temperature temperatures temp lambda "
+    "lambdas tau ls layerscale skipscale multiplier slope slopes factor factors magnitude",
     NORM="norm ln bn",
     EMBEDDING="codebook codebooks codevectors",
     POSITION="pos position positions positional rel relpos rpe ape rope rotary freq freqs frequencies encoding enc "
-    "embed embeds embedding embeddings emb posembed token tokens cls latent latents prompt prompts register registers "
-    "newline separator sep sos bos eos query queries probe anchor anchors pointer ptr mem memory memories null pad padding",
+    "embed embeds embedding embeddings emb posembed token tokens cls latent latents prompt prompts register "
+    "registers newline separator sep sos bos eos query queries probe anchor anchors pointer ptr mem memory "
+    "memories null pad padding",
     OTHER="decay bound bounds",
     FIRM_WEIGHT="kernel kernels proj projs projection matrix qkv spectrum",
     MATRIX="weight weights gate gates gating filter filters fn",
@@ -110,22 +115,26 @@ _NOUNS = _dictionary(
 """What the last known word of a local name says."""
 
 _LATE_NOUNS = _dictionary(POSITION="table tables", MATRIX="w lora")
-"""Words that speak only where no other does: `scale_shift_table`, and `rel_pos_w` where w is the width."""
+"""Words that speak only where no other does, as in `scale_shift_table`, and `rel_pos_w` where w is the width."""
 
 _STEM = re.compile(
-    r"(?P<POSITION>embed|token|relpos|position|prompt|latent)|(?P<BIAS>bias)|(?P<SCALE>scale|gamma|temperature)")
+    r"(?P<POSITION>embed|token|relpos|position|prompt|latent)|(?P<BIAS>bias)|(?P<SCALE>scale|gamma|temperature)"
+)
 """For words that are written as one (`qkvbias`)."""
 
 _SPECIAL = re.compile(
     r"(?P<NORM>(?:norm|(?<![a-z])(?:ln|bn))\d*_(?:weight|w|scale|gamma|g)$)"
     r"|(?P<FIRM_WEIGHT>lora_?(?:embedding_?)?(?:[AB]|down|up)(?![a-z])|time_(?:maa|decay)_\w*w\d$)"
     # The constants of state-space and linear recurrent layers, where a capital letter means something.
-    r"|(?P<OTHER>^A_?logs?(?![a-z])|^(?:log|inv)_?A(?![a-z])|^A_(?:re|im|real|imag)|^Ds?$|^D_|^dt_\w*bias|^(?:log|inv)_dt"
-    r"|^log_(?:step|delta)$|^log_\w*decay|time_(?:decay|first|faaaa|mix|maa)|^recurrent_param$)"
+    r"|(?P<OTHER>^A_?logs?(?![a-z])|^(?:log|inv)_?A(?![a-z])|^A_(?:re|im|real|imag)|^Ds?$|^D_|^dt_\w*bias"
+    r"|^(?:log|inv)_dt|^log_(?:step|delta)$|^log_\w*decay"
+    r"|time_(?:decay|first|faaaa|mix|maa)|^recurrent_param$)"
     r"|(?P<EMBEDDING>(?:word|vocab|token)s?_embed|embedding_table|^wte$)"
     # A relative position bias is a position; `pos_proj_weight` is not.
-    r"|(?P<POSITION>(?:^|_)(?:rel|relative|pos|position|positional)_(?:\w*_)?(?:bias|biases|scale|table|embed\w*)(?![a-z])"
-    r"|attention_bias(?:es)?$|^bias_table)")
+    r"|(?P<POSITION>(?:^|_)(?:rel|relative|pos|position|positional)_(?:\w*_)?"
+    r"(?:bias|biases|scale|table|embed\w*)(?![a-z])"
+    r"|attention_bias(?:es)?$|^bias_table)"
+)
 
 
 @lru_cache(maxsize=16384)
@@ -141,7 +150,3 @@ def meaning_of(local: str) -> Meaning | None:
                 return nouns[word]
     stem = _STEM.search(local.lower())
     return _meaning(stem.lastgroup) if stem and stem.lastgroup else None
-
-
-def _meaning(name: str) -> Meaning:
-    return Role[name] if name in Role.__members__ else Hint[name]

@@ -65,13 +65,13 @@ def classify(model: nn.Module) -> dict[str, Verdict]:
     modules = dict(model.named_modules())
     listed = module_marks(modules, (name for name, *_ in _seats(modules)))
     reader = _Reader(modules)
-    found: dict[int, Verdict] = {}
+    found: dict[torch.Tensor, Verdict] = {}  # keeps what scripted modules hand out alive
     for name, path, local, parameter in _seats(modules):
         verdict = _marked(reader.read(path, local, parameter), parameter, listed.get(name))
-        known = found.setdefault(id(parameter), verdict)
+        known = found.setdefault(parameter, verdict)
         if known is not verdict and known.decayed and not verdict.decayed:
-            found[id(parameter)] = verdict
-    return {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+            found[parameter] = verdict
+    return {name: found[parameter] for name, parameter in model.named_parameters()}
 
 
 def _seats(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str, str, torch.Tensor]]:
@@ -98,10 +98,17 @@ def _marked(verdict: Verdict, parameter: torch.Tensor, listed: str | None) -> Ve
 
 def _packed(parameter: torch.Tensor) -> Verdict | None:
     """The verdict on storage that is not one array of numbers to shrink."""
-    if not (parameter.is_floating_point() or parameter.is_complex()) or type(parameter).__name__ == "Params4bit":
-        return Verdict(Role.OTHER, f"packed as {str(parameter.dtype).removeprefix('torch.')}, cannot be decayed")
+    if (
+        not (parameter.is_floating_point() or parameter.is_complex())
+        or type(parameter).__name__ == "Params4bit"
+    ):
+        return Verdict(
+            Role.OTHER, f"packed as {str(parameter.dtype).removeprefix('torch.')}, cannot be decayed"
+        )
     if type(parameter).__name__ == "FlatParameter":
-        return Verdict(Role.OTHER, "flattened by FSDP, holds several roles (use_orig_params=True)", guess=True)
+        return Verdict(
+            Role.OTHER, "flattened by FSDP, holds several roles (use_orig_params=True)", guess=True
+        )
     return None
 
 
@@ -113,7 +120,7 @@ def _shape(parameter: torch.Tensor) -> Shape:
             return tuple(whole)
         if is_lazy(parameter):
             return None
-    return tuple(parameter.shape)
+    return parameter.shape
 
 
 class _Reader:
@@ -148,8 +155,9 @@ class _Reader:
         return self._decide(self._modules[home.removesuffix(".")], tensor, shape)
 
     def _decide(self, owner: nn.Module, local: str, shape: Shape) -> Verdict:
-        children = tuple(map(type, owner._modules.values())) if owner._modules else ()
-        place = (type(owner), local, shape, tuple(owner._parameters), children)
+        scripted = _class_name(owner) if isinstance(owner, torch.jit.ScriptModule) else None
+        children = tuple(map(type, owner._modules.values())) if len(owner._modules) else None
+        place = (type(owner), scripted, local, shape, tuple(owner._parameters.keys()), children)
         if place not in self._known:
             self._known[place] = (
                 _by_reparametrization(owner, local)
@@ -168,8 +176,9 @@ def _family(owner: nn.Module, kind: str) -> Family | None:
 
 def _class_name(owner: nn.Module) -> str:
     """The name of the class as it was written: a scripted module keeps it aside."""
-    original = getattr(owner, "original_name", None) if isinstance(owner, torch.jit.ScriptModule) else None
-    return original or type(owner).__name__.removeprefix("Parametrized")
+    if isinstance(owner, torch.jit.ScriptModule):
+        return str(owner.original_name)
+    return type(owner).__name__.removeprefix("Parametrized")
 
 
 def _vectorlike(shape: Shape) -> bool:
@@ -184,7 +193,8 @@ def _by_reparametrization(owner: nn.Module, local: str) -> Verdict | None:
 
 
 _WEIGHT_NAME = re.compile(
-    r"(?:weight(?:_[ih]h|_hr)?|(?:in|q|k|v)_proj_weight)(?:_l\d+)?(?:_reverse)?(?:_orig|_raw|_v)?")
+    r"(?:weight(?:_[ih]h|_hr)?|(?:in|q|k|v)_proj_weight)(?:_l\d+)?(?:_reverse)?(?:_orig|_raw|_v)?"
+)
 _BIAS_NAME = re.compile(r"(?:bias(?:_[ih]h|_k|_v)?|in_proj_bias)(?:_l\d+)?(?:_reverse)?(?:_orig|_raw)?")
 
 
@@ -196,7 +206,12 @@ def _by_torch_type(owner: nn.Module, local: str) -> Verdict | None:
         role, bases = Role.WEIGHT, _WEIGHTS
     else:
         return None
-    for kind, own_role in ((bases, role), (_NORMS, Role.NORM), (_EMBEDDINGS, Role.EMBEDDING), (_SLOPES, Role.SCALE)):
+    for kind, own_role in (
+        (bases, role),
+        (_NORMS, Role.NORM),
+        (_EMBEDDINGS, Role.EMBEDDING),
+        (_SLOPES, Role.SCALE),
+    ):
         if isinstance(owner, kind):
             return Verdict(own_role, _owner_is(owner, kind))
     return None
@@ -204,12 +219,13 @@ def _by_torch_type(owner: nn.Module, local: str) -> Verdict | None:
 
 def _owner_is(owner: nn.Module, bases: tuple[type[nn.Module], ...]) -> str:
     """'owner is nn.Linear', or 'owner is Router, a nn.Linear' for a subclass."""
-    kind = type(owner)
-    torch_class = next(c for c in kind.__mro__ if c.__module__.startswith("torch.nn.modules") or c in bases)
-    name = f"nn.{torch_class.__name__}"
-    return f"owner is {name}" if torch_class is kind else f"owner is {kind.__name__}, a {name}"
+    public = [base for base in type(owner).__mro__ if getattr(nn, base.__name__, None) is base]
+    name = f"nn.{next((base for base in public if issubclass(base, bases)), bases[0]).__name__}"
+    own = _class_name(owner)
+    return f"owner is {name}" if name == f"nn.{own}" else f"owner is {own}, a {name}"
 
 
+_POSITION_TABLE = re.compile(r"pos|token|quer|latent|prompt|cls")
 _PLAIN_WEIGHT = re.compile(r"weight(?:_orig|_v)?|w\d*")
 
 
@@ -232,8 +248,9 @@ def _by_family(owner: nn.Module, local: str, shape: Shape) -> Verdict | None:
 
 def _is_the_table(owner: nn.Module, local: str, shape: Shape) -> bool:
     """The only parameter of an embedding class, a true matrix not named after positions, is what it looks up."""
-    alone = len(list(owner.parameters())) == 1
-    return alone and not _vectorlike(shape) and len(shape or ()) == 2 and not local.startswith(("pos", "rel_pos"))
+    if len(list(owner.parameters())) != 1 or _POSITION_TABLE.search(local):
+        return False
+    return len(shape or ()) == 2 and not _vectorlike(shape)
 
 
 def _by_name(local: str, shape: Shape) -> Verdict | None:
@@ -259,9 +276,12 @@ def _weight_or_scale(reason: str, shape: Shape) -> Verdict:
     return Verdict(Role.SCALE, f"{reason}, a vector", guess=True)
 
 
+_EPSILONS = frozenset({"eps", "epsilon", "variance_epsilon", "norm_eps"})
+
+
 def _by_structure(owner: nn.Module) -> Verdict | None:
     """A module with an `eps`, only vectors and no weighted children normalizes, whatever its name."""
-    if not any(hasattr(owner, name) for name in ("eps", "epsilon", "variance_epsilon", "norm_eps")):
+    if _EPSILONS.isdisjoint(owner.__dict__):
         return None
     own = [parameter for parameter in owner._parameters.values() if parameter is not None]
     if _has_weighted_children(owner) or not all(_vectorlike(_shape(parameter)) for parameter in own):

@@ -33,12 +33,11 @@ def plan_table(weight_decay: float, decisions: Sequence[Decision]) -> str:
 
 def diff_table(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) -> str:
     """What two plans decide differently, as a table."""
-    numel = sum((a or b).numel for a, b in pairs.values())  # type: ignore[union-attr]
+    numel = sum(known.numel for pair in pairs.values() if (known := pair[0] or pair[1]))
     rows = [("parameter", "shape", "λ", "λ of other", "reason", "reason of other")]
     for name, (one, other) in pairs.items():
-        known = one or other
-        assert known is not None
-        rows.append((name, _shape(known), _λ(one), _λ(other), _why(one), _why(other)))
+        shape = _shape(known) if (known := one or other) else ""
+        rows.append((name, shape, _λ(one), _λ(other), _why(one), _why(other)))
     head = f"{len(pairs)} tensors with {_count(numel)} elements are decided differently"
     return "\n".join([head, "", *_aligned(rows)]) if pairs else head
 

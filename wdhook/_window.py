@@ -19,10 +19,11 @@ class Owner:
     Closing the windows of all its parameters is one addition, not one write per parameter.
     """
 
-    __slots__ = ("steps",)
+    __slots__ = ("heard", "steps")
 
-    def __init__(self) -> None:
+    def __init__(self, heard: bool = True) -> None:
         self.steps = 0
+        self.heard = heard  # False for an object whose steps nobody tells us of
 
 
 class Window:

@@ -1,0 +1,170 @@
+"""Decay in the backward pass: the hook on each parameter."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from . import _arithmetic as arithmetic
+from ._guards import decays_itself
+from ._state import Entry
+
+if TYPE_CHECKING:
+    from ._engine import Engine
+
+Hook = Callable[[Tensor], None]
+
+
+def make_hook(engine: Engine, entry: Entry) -> Hook:
+    """The hook for one parameter. It owns `entry`, and keeps the engine alive."""
+    return _coupled_hook(engine, entry) if engine.settings.mode == "coupled" else _decoupled_hook(engine, entry)
+
+
+def register_first(param: Tensor, hook: Hook) -> RemovableHandle:
+    """Register a post-accumulate-grad hook that runs before those which are there already.
+
+    An optimizer that steps inside the backward does so in such a hook, and decay comes before the step.
+    """
+    handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    hooks: Any = param._post_accumulate_grad_hooks
+    if len(hooks) > 1:
+        # autograd walks the dict in the order of insertion; it has no public way to be first.
+        *others, ours = list(hooks.items())
+        hooks.clear()
+        hooks.update([ours, *others])
+    return handle
+
+
+def _coupled_hook(engine: Engine, entry: Entry) -> Hook:
+    # Flat, because its cost is paid for each tensor in each backward.
+    is_grad_enabled = torch.is_grad_enabled
+    ref = weakref.ref
+    scaler = engine.settings.scaler
+    witness = engine.witness
+
+    def hook(param: Tensor) -> None:
+        grad = param.grad
+        if grad is None or engine.pauses:
+            return
+        if entry.stamp == entry.owner.steps:
+            held = entry.holds(grad)
+            if held is None:
+                held = not witness.says_zeroed(engine, entry, grad)
+            if not held:
+                entry.reopen()
+            elif not grad.is_sparse:
+                return
+        if not entry.alpha:
+            return
+        # Grad mode is on under backward(create_graph=True) alone; a context costs as much as the addition.
+        if scaler is not None or grad.is_sparse or is_grad_enabled():
+            _add(param, grad, entry, scaler)
+        else:
+            grad.add_(param, alpha=entry.alpha)
+        entry.stamp = entry.owner.steps
+        entry.buffer = ref(grad)
+        entry.version = grad._version
+
+    return hook
+
+
+def _add(param: Tensor, grad: Tensor, entry: Entry, scaler: Any | None) -> None:
+    """Coupled decay in the hook, where it is not the plain case."""
+    scale = arithmetic.loss_scale(scaler, grad.device)
+    with torch.no_grad():
+        if grad.is_sparse:
+            rows = entry.rows if entry.decayed else None
+            entry.rows = arithmetic.add_rows_(grad, param, arithmetic.scaled(entry.alpha, scale), rows)
+        else:
+            arithmetic.add_(grad, param, entry.alpha, scale)
+
+
+def _decoupled_hook(engine: Engine, entry: Entry) -> Hook:
+    def hook(param: Tensor) -> None:
+        grad = param.grad
+        if grad is None or engine.pauses or not entry.weight_decay:
+            return
+        if entry.decayed and not entry.owner.heard and entry.holds(grad) is False:
+            entry.reopen()  # nobody tells of this optimizer's steps: a fresh gradient does
+        if entry.decayed:
+            engine.warn_once(
+                "again",
+                "A parameter got a second gradient before the optimizer stepped: decoupled decay in the backward has "
+                "already changed it, so the micro-batches of this step see different parameters.\n"
+                f"  parameter: {entry.name}\n"
+                '  Use attach(..., at="step") with gradient accumulation. If the optimizer is no '
+                "torch.optim.Optimizer, give it as `optimizer=`",
+            )
+            if not grad.is_sparse:
+                return
+        by = _factor(engine, entry)
+        if by is None:
+            return
+        with torch.no_grad():
+            if grad.is_sparse:
+                entry.rows = arithmetic.mul_rows_(grad, param, by, entry.rows if entry.decayed else None)
+            else:
+                param.mul_(by)
+        entry.mark(grad)
+
+    return hook
+
+
+def _factor(engine: Engine, entry: Entry) -> arithmetic.Number | None:
+    """What decoupled decay multiplies with now; None where the check of the step will complain."""
+    lr = engine.settings.lr
+    if entry.place is None:
+        if lr is None or callable(lr) or engine.settings.mode == "independent":
+            return None
+        return arithmetic.factor(lr, entry.weight_decay)
+    optimizer, index = entry.place[0](), entry.place[1]
+    view = None if optimizer is None else engine.known_view(optimizer)
+    if optimizer is None or view is None or index >= len(optimizer.param_groups):
+        return None
+    # Looked up each time: `load_state_dict` of an optimizer replaces its param groups.
+    group = optimizer.param_groups[index]
+    return None if decays_itself(group) else engine.factor(view, index, group, entry.weight_decay)
+
+
+class Witness:
+    """Tells whether a gradient that changed in place between two backward passes had been zeroed.
+
+    Asked once per backward pass, and answered by the content of the gradients that this pass has not
+    reached yet: they hold a decay, so only zeroing leaves nothing in them. This costs a synchronisation,
+    but only in loops that do such a thing.
+    """
+
+    def __init__(self) -> None:
+        self._task: int | None = None
+        self._zeroed: bool | None = None
+
+    def says_zeroed(self, engine: Engine, entry: Entry, grad: Tensor) -> bool:
+        """Whether `grad`, the gradient of `entry`'s parameter, was zeroed before this pass added to it."""
+        task = torch._C._current_graph_task_id()  # the only name that autograd has for "this backward pass"
+        if task != self._task or task < 0:
+            self._task = task
+            others = list(_not_reached_yet(engine, entry))
+            if others:
+                self._zeroed = not any(map(arithmetic.has_content, others))
+        if self._zeroed is not None:
+            return self._zeroed
+        engine.warn_once(
+            "zeroed",
+            "A gradient was changed in place between two backward passes without a step, and no other gradient "
+            "tells whether it was zeroed (then its decay is gone) or scaled (then it is not).\n"
+            f"  parameter: {entry.name}\n"
+            '  Use zero_grad(set_to_none=True), or attach(..., at="step")',
+        )
+        return not grad._is_view()  # a slice of a bucket is most often an all-reduce's work
+
+
+def _not_reached_yet(engine: Engine, asking: Entry) -> Iterator[Tensor]:
+    for _, param in engine.parameters():
+        entry, grad = engine.entry(param), param.grad
+        if entry is not None and entry is not asking and grad is not None and entry.was_touched(grad):
+            yield grad

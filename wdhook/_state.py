@@ -1,0 +1,84 @@
+"""What an attached engine remembers: its settings, its parameters, and the optimizers that it has met."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from operator import is_
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ._arithmetic import Number
+from ._optimizers import LearningRate
+from ._plan import Plan
+from ._window import Owner, Window
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `attach` that say how, not how much."""
+
+    mode: str
+    at: str
+    optimizers: tuple[weakref.ref[Any], ...]
+    lr: LearningRate | None
+    scaler: Any | None
+    foreach: bool | None
+    replan: Callable[[nn.Module, float], Plan] = field(repr=False)
+
+
+class Entry(Window):
+    """One decayed parameter: its window, its λ and its hook. Owned by the hook, so it dies with the parameter.
+
+    It does not refer to the parameter, not even weakly: `torch.utils.swap_tensors` refuses those.
+    """
+
+    __slots__ = ("alpha", "follows", "handle", "name", "place", "weight_decay")
+
+    def __init__(self, name: str, weight_decay: float, follows: bool, owner: Owner) -> None:
+        super().__init__(owner)
+        self.name = name
+        self.weight_decay = weight_decay
+        self.follows = follows  # λ is that of the handle, not an absolute one
+        self.alpha = weight_decay  # λ, negative where the optimizer maximizes
+        self.handle: RemovableHandle | None = None
+        self.place: tuple[weakref.ref[Any], int] | None = None  # optimizer, index of the param group
+
+    def set(self, weight_decay: float) -> None:
+        """Change λ."""
+        self.alpha = weight_decay if self.alpha >= 0 else -weight_decay
+        self.weight_decay = weight_decay
+
+
+Pair = tuple[Tensor, Entry]
+
+
+class View:
+    """The param groups of one optimizer, as far as they concern us."""
+
+    def __init__(self, optimizer: Any) -> None:
+        # An object that is no torch Optimizer is never heard to step.
+        self.owner = Owner(heard=isinstance(optimizer, Optimizer))
+        self.params: list[list[Tensor]] = []  # as they were when the view was made
+        self.buckets: list[list[list[Pair]]] = []  # per group: pairs that one foreach call can take
+        self.peaks: dict[int, Number] = {}  # per group: the largest lr so far
+        self.strays: list[Pair] = []  # tracked, and in no group of any optimizer given
+        self.turned: str | None = None  # decayed before it was known that the optimizer maximizes
+        self.wraps = False  # the optimizer holds another one that owns decayed parameters
+        self.checked = False
+
+    def is_current(self, optimizer: Any) -> bool:
+        """Whether the optimizer still holds just the parameters that it held when the view was made."""
+        groups = optimizer.param_groups
+        return len(groups) == len(self.params) and all(
+            len(group["params"]) == len(known) and all(map(is_, group["params"], known))
+            for group, known in zip(groups, self.params, strict=True)
+        )
+
+    def has_entries(self) -> bool:
+        """Whether the optimizer owns any decayed parameter."""
+        return any(self.buckets)

@@ -1,0 +1,140 @@
+"""Decay at the optimizer step: all of it at "step", and at "backward" whatever no hook has reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import _arithmetic as arithmetic
+from ._arithmetic import Number
+from ._engine import Engine
+from ._guards import check_step
+from ._optimizers import is_nested_step
+from ._state import Entry, View
+from ._window import Owner
+
+Due = tuple[Tensor, Tensor, Entry]  # parameter, gradient, entry
+
+
+def check(engine: Engine, optimizer: Optimizer, view: View, claimed: bool) -> bool:
+    """Raise what is wrong with a step, before anything is changed; False where there is nothing to do."""
+    if engine.pauses:
+        return False
+    check_step(engine, optimizer, view, claimed)
+    return view.has_entries()
+
+
+def begin(engine: Engine, optimizer: Optimizer) -> None:
+    """A step begins."""
+    if engine.running and not is_nested_step():
+        engine.running.clear()  # an earlier one raised, so its end was never heard
+    engine.running.append(id(optimizer))
+
+
+def end(engine: Engine, optimizer: Optimizer) -> None:
+    """A step has ended: so have the windows of the parameters that this optimizer owns."""
+    if engine.running and engine.running[-1] == id(optimizer):
+        engine.running.pop()
+    view = engine.known_view(optimizer)
+    if view is not None and view.has_entries():
+        view.owner.steps += 1
+        engine.steps += 1
+
+
+def decay(engine: Engine, optimizer: Optimizer, view: View, evaluated: bool) -> None:
+    """Decay what has a gradient and was not decayed in this window.
+
+    Args:
+        evaluated: the closure of the step has just run; it may run again before the step ends.
+    """
+    if engine.pauses:
+        return
+    with torch.no_grad():
+        for index, (group, buckets) in enumerate(zip(optimizer.param_groups, view.buckets, strict=True)):
+            for bucket in buckets:
+                first = bucket[0][1]  # all of a bucket have its λ
+                due = _due(engine, view.owner, bucket, evaluated) if first.alpha else []
+                if not due:
+                    continue
+                if engine.settings.mode == "coupled":
+                    _add(engine, optimizer, due, first.alpha)
+                else:
+                    _multiply(engine, optimizer, due, engine.factor(view, index, group, first.weight_decay))
+                for _, grad, entry in due:
+                    entry.mark(grad)
+
+
+def _due(engine: Engine, owner: Owner, bucket: Iterable[tuple[Tensor, Entry]], evaluated: bool) -> list[Due]:
+    due = []
+    for param, entry in bucket:
+        grad = param.grad
+        if grad is None:
+            continue
+        if entry.owner is not owner:
+            entry.move(owner)
+        if entry.stamp == owner.steps:
+            if _is_done(engine, grad, entry, evaluated):
+                continue
+            entry.reopen()
+        if entry.handle is None:
+            engine.track(entry.name, param)  # unfrozen since: from now on in its backward
+        due.append((param, grad, entry))
+    return due
+
+
+def _is_done(engine: Engine, grad: Tensor, entry: Entry, evaluated: bool) -> bool:
+    """Whether the decay that this window has seen is in the gradient that the step will read."""
+    if engine.settings.mode != "coupled":
+        return True
+    same = entry.buffer() is grad
+    if engine.settings.at == "step":
+        # What a step does to its gradients before it calls another one is that optimizer's business; but a
+        # closure that ran again, or a step after one that raised, brings new gradients.
+        nested = len(engine.running) > 1 and not evaluated
+        return nested or (same and entry.version == grad._version)
+    if not same and not grad._is_view():
+        engine.warn_once(
+            "replaced",
+            "A gradient was replaced between its decay and the optimizer step. It is taken to be derived from "
+            "the one that was decayed, so it is not decayed again.\n"
+            f"  parameter: {entry.name}\n"
+            '  If it is a new one, use attach(..., at="step")',
+        )
+    return True
+
+
+def _add(engine: Engine, optimizer: Optimizer, due: list[Due], alpha: float) -> None:
+    # A fused optimizer under a GradScaler un-scales inside its kernel: its gradients are scaled still.
+    scale = getattr(optimizer, "grad_scale", None)
+    params, grads = _dense(due)
+    arithmetic.add_all_(grads, params, alpha, scale, _foreach(engine, params))
+    for param, grad, entry in due:
+        if grad.is_sparse:
+            rows = entry.rows if entry.decayed else None
+            entry.rows = arithmetic.add_rows_(grad, param, arithmetic.scaled(alpha, scale), rows)
+
+
+def _multiply(engine: Engine, optimizer: Optimizer, due: list[Due], by: Number) -> None:
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None:
+        by = arithmetic.unless(found_inf, by)
+    params, _ = _dense(due)
+    arithmetic.mul_all_(params, by, _foreach(engine, params))
+    for param, grad, _ in due:
+        if grad.is_sparse:
+            arithmetic.mul_rows_(grad, param, by, None)
+
+
+def _dense(due: list[Due]) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters and gradients, without those whose gradient is sparse."""
+    dense = [(param, grad) for param, grad, _ in due if not grad.is_sparse]
+    return [param for param, _ in dense], [grad for _, grad in dense]
+
+
+def _foreach(engine: Engine, params: list[Tensor]) -> bool:
+    if engine.settings.foreach is not None:
+        return engine.settings.foreach and bool(params)
+    return len(params) > 1 and arithmetic.is_plain(params[0])
