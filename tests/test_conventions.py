@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -76,6 +77,21 @@ def test_every_sub_module_may_list() -> None:
     assert exempt(outer) == {"inner.proj.weight", "inner.mix"}
 
 
+def test_namesakes_of_a_listing_module() -> None:
+    """`a` speaks for what is below `a`, not for its siblings `a1` and `ab`."""
+    model = nn.ModuleDict({"a1": Attention(), "a": Listing({"mix"}), "ab": Attention(), "z": Attention()})
+    assert exempt(model) == {"a.mix"}
+
+
+def test_many_listing_modules_are_fast() -> None:
+    """Sub-modules with lists do not each search all names (the limit allows for a slow machine)."""
+    with torch.device("meta"):
+        model = nn.Sequential(*[Listing({"mix"}) for _ in range(2000)])
+    start = time.process_time()
+    assert len(exempt(model)) == 2000
+    assert time.process_time() - start < 2.0
+
+
 def test_keywords_are_substrings_of_the_name_below() -> None:
     """`no_weight_decay_keywords` matches anywhere below its module, and nowhere outside."""
     model = nn.ModuleDict({"ro": Attention(), "b": Keywords()})
@@ -86,7 +102,7 @@ def test_keywords_are_substrings_of_the_name_below() -> None:
     "prefix", ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
 )
 def test_wrapper_prefixes_do_not_hide_names(prefix: str) -> None:
-    """A list made for the bare model still matches when a layer in between is wrapped, keys stay as they are."""
+    """A list made for the bare model still matches when a layer is wrapped; keys stay as they are."""
     model = Listing({"inner.mix"})
     wrapper = nn.Module()
     wrapper.add_module(prefix, Attention())

@@ -131,9 +131,9 @@ def test_torch_layers_are_known_by_type(layer: str) -> None:
     assert not any(verdict.guess for verdict in verdicts.values())
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*weight_norm is deprecated")
 def test_old_weight_norm_has_a_magnitude() -> None:
-    """`weight_g` of the old weight_norm is a scale although it is 2-D; `weight_v` is the weight, `dim=None` too."""
+    """`weight_g` of the old weight_norm is a scale although it is 2-D; `weight_v` is the weight."""
     assert roles(nn.utils.weight_norm(nn.Linear(2, 3))) == {
         "bias": "bias",
         "weight_g": "scale",
@@ -148,6 +148,7 @@ def test_g_without_v_is_no_magnitude() -> None:
     assert roles(holder("Attention", w_g=(8, 1), w_v=(8, 4))) == {"w_g": "scale", "w_v": "weight"}
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning", "ignore:.*weight_norm is deprecated")
 def test_every_torch_layer_with_parameters_is_in_the_table() -> None:
     """No parameter-holding leaf class of torch.nn is forgotten; the sequence layers are made of these."""
     made = {type(module) for make, _ in TORCH_LAYERS.values() for module in make().modules()}
@@ -234,8 +235,10 @@ def test_path_is_not_read() -> None:
 NAMES: dict[str, str] = {
     "A_log": "other", "D": "other", "dt_bias": "other", "time_decay": "other", "log_dt": "other",
     "pos_embed": "position", "cls_token": "position", "relative_position_bias_table": "position",
-    "rel_pos_w": "position", "register_tokens": "position", "latents": "position", "attention_biases": "position",
-    "logit_scale": "scale", "temperature": "scale", "lambda_1": "scale", "gamma_xca": "scale", "layer_scale": "scale",
+    "rel_pos_w": "position", "register_tokens": "position", "latents": "position",
+    "attention_biases": "position",
+    "logit_scale": "scale", "temperature": "scale", "lambda_1": "scale", "gamma_xca": "scale",
+    "layer_scale": "scale",
     "r_w_bias": "bias", "e_score_correction_bias": "bias", "sinks": "bias", "scale_shift_table": "bias",
     "gate": "weight", "lora_A": "weight", "time_maa_w1": "weight", "kernel": "weight", "w1": "weight",
     "spline_weight": "weight", "dynamic_alpha_fn": "weight", "mm_input_projection_weight": "weight",
@@ -251,7 +254,7 @@ def test_names_of_matrices(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gate", "weight", "skip", "cross_attn_gate", "mystery"])
 def test_vectors_of_unknown_owners_are_exempt_guesses(name: str) -> None:
-    """A vector in a module that says nothing is exempt and says that it is a guess; the matrix twin decays."""
+    """A vector in a module that says nothing is exempt and calls itself a guess; the matrix twin decays."""
     (vector,) = classify(holder("Thing", **{name: (1, 1, 8)})).values()
     assert not vector.decayed
     assert vector.guess
@@ -275,7 +278,7 @@ def test_shape_is_the_last_resort() -> None:
 
 
 def test_eps_and_vectors_make_a_norm() -> None:
-    """A module with an eps and only vectors is a norm under any name; with a matrix or without the eps it is not."""
+    """An eps and only vectors make a norm under any name; with a matrix, or without the eps, they do not."""
     module = holder("Thing", scaling_vector=(1, 8), u=(8,))
     module.eps = 1e-6
     assert roles(module)["u"] == "norm"
@@ -285,7 +288,7 @@ def test_eps_and_vectors_make_a_norm() -> None:
 
 
 def test_type_outranks_shape_of_a_shard() -> None:
-    """A shard is flat: a linear weight stays a weight, a norm over two axes a norm, an expert's projection a weight."""
+    """A flat shard of a linear weight or an expert stays a weight, one of a norm over two axes a norm."""
     linear, norm = nn.Linear(4, 4), nn.LayerNorm([4, 4])
     experts = holder("Experts", w1=(2, 4, 4), down_proj=(2, 4, 4))
     model = nn.ModuleList([linear, norm, experts])
@@ -361,7 +364,7 @@ def test_strictest_owner_wins() -> None:
 
 
 def test_containers_give_their_name() -> None:
-    """What lies in a ParameterList or ParameterDict is named after the container, also through a ModuleList."""
+    """What lies in a ParameterList or ParameterDict is named after it, also through a ModuleList."""
     model = nn.Module()
     model.gammas = nn.ParameterList([nn.Parameter(torch.zeros(4, 8))])
     model.lora_A = nn.ParameterDict({"default": nn.Parameter(torch.zeros(1, 8))})
@@ -376,7 +379,7 @@ def test_containers_give_their_name() -> None:
 
 
 def test_root_parametrization_and_nesting() -> None:
-    """A parametrized root, a parametrized child and a tensor other than `weight` are resolved to their layer."""
+    """A parametrized root, child, or tensor other than `weight` is resolved to its layer."""
 
     class Double(nn.Module):
         def forward(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -400,9 +403,18 @@ def test_scripted_modules_keep_their_roles() -> None:
 
 
 def test_peft_layers() -> None:
-    """LoRA's A and B are weights at any rank; DoRA's magnitude is a scale although its class says linear."""
+    """LoRA's A and B are weights at any rank; AdaLoRA's singular values and DoRA's magnitude are not."""
     layer = holder("LoraLinear", lora_A=nn.ModuleDict({"default": nn.Linear(4, 1, bias=False)}))
     layer.magnitude = nn.ModuleDict({"default": holder("DoraLinearLayer", weight=(8,))})
+    adaptive = holder("SVDLinear", lora_A=nn.ParameterDict(), lora_E=nn.ParameterDict())
+    adaptive.lora_A["default"], adaptive.lora_E["default"] = (
+        nn.Parameter(torch.zeros(1, 8)),
+        nn.Parameter(torch.zeros(4, 1)),
+    )
+    assert {name: verdict.decayed for name, verdict in classify(adaptive).items()} == {
+        "lora_A.default": True,
+        "lora_E.default": False,
+    }
     assert roles(layer) == {"lora_A.default.weight": "weight", "magnitude.default.weight": "scale"}
 
 
@@ -441,8 +453,10 @@ def test_same_class_name_different_children() -> None:
 @pytest.mark.parametrize(
     ("class_name", "family"),
     [
-        ("RMSNorm", Family.NORM), ("LN", Family.NORM), ("AdaLayerNormZero", Family.NORM), ("rmsnorm", Family.NORM),
-        ("LayerNormLinear", Family.WEIGHT), ("TopkRouter", Family.WEIGHT), ("NormMlpClassifierHead", Family.WEIGHT),
+        ("RMSNorm", Family.NORM), ("LN", Family.NORM), ("AdaLayerNormZero", Family.NORM),
+        ("rmsnorm", Family.NORM),
+        ("LayerNormLinear", Family.WEIGHT), ("TopkRouter", Family.WEIGHT),
+        ("NormMlpClassifierHead", Family.WEIGHT),
         ("NormFreeBlock", Family.COMPOSITE), ("GPTNeoXLayer", Family.COMPOSITE), ("Net", Family.COMPOSITE),
         ("LearnedPositionalEmbedding", Family.EMBEDDING), ("Snake1d", Family.SCALE), ("Generator", None),
     ],
@@ -460,7 +474,7 @@ def test_role_is_a_string() -> None:
 
 
 def test_large_models_are_fast() -> None:
-    """20,000 parameters in 15,000 modules take a fraction of a second (the limit allows for a slow machine)."""
+    """20,000 parameters take a fraction of a second (the limit allows for a slow machine)."""
     with torch.device("meta"):
         model = nn.Sequential(*[nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)) for _ in range(5000)])
     start = time.process_time()

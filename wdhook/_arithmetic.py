@@ -47,13 +47,18 @@ def add_(grad: Tensor, param: Tensor, weight_decay: float, scale: Tensor | None 
     """
     if scale is None:
         grad.add_(param, alpha=weight_decay)
-    elif scale.is_cpu:
+    elif is_on_cpu(scale):
         # Reading a CPU scalar costs no synchronisation, and a power of two times λ is exact: after
         # un-scaling the gradient equals an unscaled one to the last bit.
         grad.add_(param, alpha=weight_decay * scale.item())
     else:
         # One more rounding (of λ·p) than above, the price of leaving the scale on the device.
         grad.addcmul_(param, scale.to(grad.device, non_blocking=True), value=weight_decay)
+
+
+def is_on_cpu(scale: Tensor) -> bool:
+    """Whether reading the scalar costs no synchronisation."""
+    return scale.is_cpu
 
 
 def add_all_(
@@ -110,7 +115,8 @@ def add_rows_(grad: Tensor, param: Tensor, weight_decay: Number, seen: Tensor | 
     if len(rows):
         values = _flat(grad, param)[rows] * weight_decay
         shape = (len(rows), *grad.shape[grad.sparse_dim() :])
-        grad.add_(torch.sparse_coo_tensor(index, values.reshape(shape), grad.shape))
+        # The indices come from a valid tensor, so they need no check.
+        grad.add_(torch.sparse_coo_tensor(index, values.reshape(shape), grad.shape, check_invariants=False))
     return seen
 
 

@@ -1,11 +1,12 @@
 """The marks that other projects leave on modules and parameters, read and never written.
 
-Two kinds of mark exist: *how much* (exempt, or a weight decay of its own) and *what for* (a role). Each is kept
-with the words that a report prints as its reason.
+Two kinds of mark exist: *how much* (exempt, or a weight decay of its own) and *what for* (a role). Each is
+kept with the words that a report prints as its reason.
 """
 
 from __future__ import annotations
 
+import bisect
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from torch import nn
 WRAPPER_PREFIX = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-"""What DistributedDataParallel, torch.compile, FSDP and activation checkpointing insert into parameter names."""
+"""What DDP, torch.compile, FSDP and activation checkpointing insert into parameter names."""
 
 _EXEMPT_FLAGS = ("_no_weight_decay", "no_weight_decay", "skip_weight_decay")
 _MODULE_ATTRIBUTES = ("no_weight_decay", "no_weight_decay_keywords")
@@ -55,17 +56,25 @@ def module_marks(modules: Mapping[str, nn.Module], names: Iterable[str]) -> dict
     rules = [rule for path, module in modules.items() for rule in _rules(path, module)]
     if not rules:
         return {}
-    bare_names = {name: bare_name(name) for name in names}
+    ordered = sorted((bare_name(name), name) for name in names)
     marks: dict[str, str] = {}
     for prefix, pattern, reason in rules:
-        for name, bare in bare_names.items():
-            if bare.startswith(prefix) and pattern.match(bare, len(prefix)):
+        for bare, name in _below(ordered, prefix):
+            if pattern.match(bare, len(prefix)):
                 marks.setdefault(name, reason)
     return marks
 
 
+def _below(ordered: list[tuple[str, str]], prefix: str) -> Iterator[tuple[str, str]]:
+    """The run of sorted pairs that start with the prefix."""
+    for position in range(bisect.bisect_left(ordered, (prefix,)), len(ordered)):
+        if not ordered[position][0].startswith(prefix):
+            return
+        yield ordered[position]
+
+
 def _rules(path: str, module: nn.Module) -> Iterator[tuple[str, re.Pattern[str], str]]:
-    """(name prefix, pattern for the rest of the name, reason) for what one module says about its parameters."""
+    """(name prefix, pattern for the rest of the name, reason) for what one module says."""
     for attribute in _MODULE_ATTRIBUTES:
         said = _attribute(module, attribute)
         if said is None or said is False:

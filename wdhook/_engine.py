@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _arithmetic as arithmetic
@@ -143,7 +144,8 @@ class Engine:
             decision = self._plan[name]
             λ = self._weight_decay if decision.follows else decision.weight_decay
             entry = self._entries[id(param)] = Entry(name, λ, decision.follows, self._unowned)
-        if self.settings.at == "backward" and entry.handle is None and param.requires_grad:
+        hookable = param.requires_grad and not is_lazy(param)  # others are decayed at their first step, then hooked
+        if self.settings.at == "backward" and entry.handle is None and hookable:
             entry.handle = register_first(param, make_hook(self, entry))
         return entry
 

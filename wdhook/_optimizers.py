@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ._errors import LearningRateError, UnsupportedOptimizerError
 
 _GradScaler: Any = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # torch.amp has it since 2.3
 
+_OPTIMIZER_FILE = Optimizer.profile_hook_step.__code__.co_filename  # where the wrapper of every step is defined
 _ESTIMATES = {"d0", "d_coef", "growth_rate"}  # what surrounds the estimate `d`; torch's Adafactor has another `d`
 
 LearningRate = Number | Callable[[Mapping[str, Any]], Number]
@@ -108,7 +109,7 @@ def is_nested_step() -> bool:
 
     A step that raised leaves no word behind, so the call stack is the only witness of those that still run.
     """
-    return sum(frame.f_code.co_name == "wrapper" and isinstance(_self(frame), Optimizer) for frame in _callers()) > 1
+    return sum(code.co_name == "wrapper" and code.co_filename == _OPTIMIZER_FILE for code, _ in _callers()) > 1
 
 
 def stepping_scaler() -> Any | None:
@@ -116,19 +117,16 @@ def stepping_scaler() -> Any | None:
 
     A scaler leaves no trace on an optimizer that it has un-scaled, so the call stack is the only witness.
     """
-    for frame in _callers():
-        scaler = _self(frame)
-        if isinstance(scaler, _GradScaler) and scaler.is_enabled():
-            return scaler
+    for code, frame in _callers():
+        if code is _GradScaler.step.__code__:
+            # Only now: asking any frame for its locals makes it keep them alive.
+            scaler = frame.f_locals["self"]
+            return scaler if scaler.is_enabled() else None
     return None
 
 
-def _callers() -> Iterator[FrameType]:
+def _callers() -> Iterator[tuple[CodeType, FrameType]]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        yield frame
+        yield frame.f_code, frame
         frame = frame.f_back
-
-
-def _self(frame: FrameType) -> Any:
-    return frame.f_locals.get("self")

@@ -1,8 +1,8 @@
 """What names say about a parameter's role: the class name of its owner, and its own local name.
 
-Both are read like English compounds, from the last word to the first: `logit_scale`, `expert_bias` and `gate_up_proj`
-are a scale, a bias and a projection, a `LayerNormLinear` is a linear layer and an `AdaLayerNorm` a norm. The full
-path is never read: paths hold "norm", "bias" or "pos" for reasons of their own.
+Both are read like English compounds, from the last word to the first: `logit_scale`, `expert_bias` and
+`gate_up_proj` are a scale, a bias and a projection; a `LayerNormLinear` is a linear layer, an `AdaLayerNorm` a
+norm. The full path is never read: paths hold "norm", "bias" or "pos" for reasons of their own.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def _words(name: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------- class names
 
 _CLASS_NICKNAME = re.compile(
-    r"(?P<NORM>^(?i:dyt|dynamic_?(?:tanh|erf)|derf|[fg]rn|cln|[lbgi]n\d?d?|evo)(?![a-z])|[LBG]N$)|(?P<SCALE>^Dora)"
+    r"(?P<NORM>^(?i:dyt|dynamic_?(?:tanh|erf)|derf|[fg]rn|cln|[lbgi]n\d?d?|evo)(?![a-z])|[LBG]N$)"
+    r"|(?P<SCALE>^Dora)"
 )
 """Norms that are not called so, and the magnitude layers of DoRA, which are called linear or convolution."""
 
@@ -56,7 +57,8 @@ _CLASS_WORD = re.compile(
     r"(?P<NORM>norm$)|(?P<SCALE>^(?:scale|rescale|layerscale|snake|snakebeta|prelu|affine)$)"
     r"|(?P<EMBEDDING>^embed|embeddings?$|^lookup$)"
     r"|(?P<WEIGHT>(?:linear|conv|dense|projection|projector|router|head)$|^(?:proj|experts?|lora|mlp)$)"
-    r"|(?P<COMPOSITE>(?:attention|attn|block|model|network|encoder|decoder|transformer|stem|ffn|mixer|layers?|net)$)"
+    r"|(?P<COMPOSITE>(?:attention|attn|block|model|network|encoder|decoder|transformer|stem|ffn|mixer|layers?"
+    r"|net)$)"
 )
 
 _WEIGHT_CLASS = re.compile(r"linear|conv|embed|dense", re.I)
@@ -100,25 +102,26 @@ def _dictionary(**nouns: str) -> dict[str, Meaning]:
 _NOUNS = _dictionary(
     BIAS="bias biases beta betas shift shifts offset offsets sink sinks threshold thresholds",
     SCALE="scale scales scaling gamma gammas gain gains alpha alphas temperature temperatures temp lambda "
-    "lambdas tau ls layerscale skipscale multiplier slope slopes factor factors magnitude",
+    "lambdas tau ls layerscale skipscale multiplier slope slopes magnitude",
     NORM="norm ln bn",
     EMBEDDING="codebook codebooks codevectors",
-    POSITION="pos position positions positional rel relpos rpe ape rope rotary freq freqs frequencies encoding enc "
-    "embed embeds embedding embeddings emb posembed token tokens cls latent latents prompt prompts register "
-    "registers newline separator sep sos bos eos query queries probe anchor anchors pointer ptr mem memory "
-    "memories null pad padding",
+    POSITION="pos position positions positional rel relpos rpe ape rope rotary freq freqs frequencies "
+    "encoding enc embed embeds embedding embeddings emb posembed token tokens cls latent latents prompt prompts "
+    "register registers newline separator sep sos bos eos query queries probe anchor anchors pointer ptr mem "
+    "memory memories null pad padding state states",
     OTHER="decay bound bounds",
     FIRM_WEIGHT="kernel kernels proj projs projection matrix qkv spectrum",
     MATRIX="weight weights gate gates gating filter filters fn",
-    SHAPE="delta coef coeff coeffs",
+    SHAPE="delta factor factors coef coeff coeffs",
 )
 """What the last known word of a local name says."""
 
-_LATE_NOUNS = _dictionary(POSITION="table tables", MATRIX="w lora")
-"""Words that speak only where no other does, as in `scale_shift_table`, and `rel_pos_w` where w is the width."""
+_LATE_NOUNS = _dictionary(POSITION="table tables", MATRIX="w")
+"""Words that speak only where no other does: not in `scale_shift_table`, nor in `rel_pos_w` (a width)."""
 
 _STEM = re.compile(
-    r"(?P<POSITION>embed|token|relpos|position|prompt|latent)|(?P<BIAS>bias)|(?P<SCALE>scale|gamma|temperature)"
+    r"(?P<POSITION>embed|token|relpos|position|prompt|latent)|(?P<BIAS>bias)"
+    r"|(?P<SCALE>scale|gamma|temperature)"
 )
 """For words that are written as one (`qkvbias`)."""
 

@@ -1,8 +1,8 @@
 """What a parameter is for: the pure classifier.
 
-Evidence is asked in a fixed order, and the first that speaks decides: explicit marks, the type of the owner module,
-the family that the type's name belongs to, the parameter's own name, the structure of its owner, and only then its
-shape, counted in dimensions larger than one, because a (1, 1, C) scale is a vector.
+Evidence is asked in a fixed order, and the first that speaks decides: explicit marks, the type of the owner
+module, the family that the type's name belongs to, the parameter's own name, the structure of its owner, and
+only then its shape, counted in dimensions larger than one, because a (1, 1, C) scale is a vector.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Verdict:
 def classify(model: nn.Module) -> dict[str, Verdict]:
     """The verdict on every parameter, under the names and in the order of `model.named_parameters()`.
 
-    A parameter with several owners has one entry. It is exempt if any owner or mark says so, because a bias or a
-    scale stays one when it is shared; an embedding that is also the output layer is decayed, once.
+    A parameter with several owners has one entry. It is exempt if any owner or mark says so, because a bias
+    or a scale stays one when it is shared; an embedding that is also the output layer is decayed, once.
     """
     modules = dict(model.named_modules())
     listed = module_marks(modules, (name for name, *_ in _seats(modules)))
@@ -140,7 +140,7 @@ class _Reader:
         return self._decide(module, local, shape)
 
     def _holder(self, path: str, local: str) -> tuple[nn.Module, str]:
-        """The module around a parameter container, and the entry named after the container: `lora_A_default`."""
+        """The module around a container, and the entry named after the container: `lora_A_default`."""
         while path and isinstance(self._modules[path], _CONTAINERS):
             path, _, name = path.rpartition(".")
             local = name if local.isdigit() else f"{name}_{local}"
@@ -247,7 +247,7 @@ def _by_family(owner: nn.Module, local: str, shape: Shape) -> Verdict | None:
 
 
 def _is_the_table(owner: nn.Module, local: str, shape: Shape) -> bool:
-    """The only parameter of an embedding class, a true matrix not named after positions, is what it looks up."""
+    """The only parameter of an embedding class is what it looks up: a true matrix, not called a position."""
     if len(list(owner.parameters())) != 1 or _POSITION_TABLE.search(local):
         return False
     return len(shape or ()) == 2 and not _vectorlike(shape)

@@ -1,0 +1,143 @@
+"""The house: what is public, what imports what, what the reader is shown."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import doctest
+import inspect
+from pathlib import Path
+
+import pytest
+
+import wdhook
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "wdhook"
+
+# A file imports only from layers below its own.
+LAYERS = [
+    {"_errors", "_role_names"},
+    {"_numbers", "_conventions", "_arithmetic", "_window"},
+    {"_roles", "_optimizers", "_table"},
+    {"_overrides", "_recipes"},
+    {"_plan"},
+    {"_state", "_guards"},
+    {"_backward"},
+    {"_engine"},
+    {"_step"},
+    {"_listener"},
+    {"_attach", "_oneshot"},
+    {"__init__"},
+    {"plot"},
+    {"_demo"},
+    {"cli"},
+    {"__main__"},
+]
+OPTIONAL = {"plot", "_demo", "cli", "__main__"}
+
+
+def imports_of(path: Path, typing_too: bool = False) -> set[str]:
+    """Files of the package that a file imports when it runs (inside functions too)."""
+    found: set[str] = set()
+    tree = ast.parse(path.read_text())
+    skipped = {id(n) for node in ast.walk(tree) if _is_typing(node) for n in ast.walk(node)} if not typing_too else set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or id(node) in skipped:
+            continue
+        if node.level and node.module is None or node.module == "wdhook":
+            found |= {a.name if (PACKAGE / f"{a.name}.py").exists() else "__init__" for a in node.names}
+        elif node.level or (node.module or "").startswith("wdhook."):
+            found.add((node.module or "").removeprefix("wdhook.").split(".")[0])
+    return found
+
+
+def _is_typing(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def test_imports_point_downwards() -> None:
+    """Every file has a layer, and imports only from layers below."""
+    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    files = {path.stem: path for path in PACKAGE.glob("*.py")}
+    assert set(files) == set(level)
+    for name, path in files.items():
+        for other in imports_of(path):
+            assert level[other] < level[name], f"{name} imports {other}"
+
+
+def test_the_layer_test_sees_imports() -> None:
+    """The check above is not blind: it finds imports that are there, and tells typing from running."""
+    assert {"_engine", "_errors", "_plan"} <= imports_of(PACKAGE / "_attach.py")
+    assert "_engine" not in imports_of(PACKAGE / "_guards.py")
+    assert "_engine" in imports_of(PACKAGE / "_guards.py", typing_too=True)
+
+
+def test_the_core_never_imports_optional_faces() -> None:
+    """`import wdhook` reaches neither the command line nor plots."""
+    for path in PACKAGE.glob("*.py"):
+        if path.stem not in OPTIONAL:
+            assert not imports_of(path) & OPTIONAL, path
+
+
+def test_no_file_is_too_large() -> None:
+    """One file, one concern: none has more than 400 lines."""
+    sizes = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
+    assert {name: size for name, size in sizes.items() if size > 400} == {}
+
+
+@pytest.mark.parametrize("name", [n for n in wdhook.__all__ if not n.startswith("__")])
+def test_every_public_name_has_a_docstring_and_is_in_the_docs(name: str) -> None:
+    """Public ⇒ documented: a docstring of its own, and a mention in docs/api.md."""
+    thing = getattr(wdhook, name)
+    assert inspect.getdoc(thing)
+    assert f"`{name}" in (ROOT / "docs" / "api.md").read_text()
+
+
+FUNCTIONS = ["adopt", "apply_weight_decay", "attach", "l2_penalty", "param_groups", "plan"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_public_function_has_an_example_and_names_its_errors(name: str) -> None:
+    """Docstrings show a doctest and say what is raised."""
+    text = inspect.getdoc(getattr(wdhook, name)) or ""
+    assert doctest.DocTestParser().get_examples(text)
+    assert "Raises:" in text or "errors are those" in text
+
+
+def test_public_functions_are_all_listed() -> None:
+    """The list above misses no function."""
+    assert [n for n in wdhook.__all__ if inspect.isfunction(getattr(wdhook, n))] == FUNCTIONS
+
+
+def test_the_order_of_all() -> None:
+    """__all__ is sorted and complete: everything in it exists."""
+    assert wdhook.__all__ == sorted(wdhook.__all__)
+    assert all(hasattr(wdhook, name) for name in wdhook.__all__)
+
+
+def test_every_error_is_also_a_builtin() -> None:
+    """Code that does not know wdhook can handle its errors."""
+    errors = [getattr(wdhook, n) for n in wdhook.__all__ if n.endswith("Error") and n != "WdhookError"]
+    assert len(errors) == 10
+    for error in errors:
+        assert issubclass(error, wdhook.WdhookError)
+        assert issubclass(error, (ValueError, RuntimeError))
+    assert issubclass(wdhook.WdhookWarning, UserWarning)
+
+
+def test_one_version() -> None:
+    """The version of the package is that of its metadata and of the changelog."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert config["metadata"]["version"] == wdhook.__version__
+    assert f"## [{wdhook.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_torch_is_the_only_requirement() -> None:
+    """Everything else is an optional extra."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert config["options"]["install_requires"].split() == ["torch>=2.1"]
+    assert config["options"]["packages"] == "find:"
+    assert (PACKAGE / "py.typed").exists()
