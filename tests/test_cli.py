@@ -43,11 +43,11 @@ def test_every_example_of_the_help_is_understood(
 
 
 def test_the_demo_has_the_documented_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`demo` without options: seed 0, twenty epochs, demo.png here."""
+    """`demo` without options: seed 0, 16 epochs, demo.png here."""
     got: dict[str, Any] = {}
     monkeypatch.setattr(cli, "_demo", lambda arguments: got.update(vars(arguments)) or 0)
     assert cli.main(["demo"]) == 0
-    assert (got["seed"], got["epochs"], got["out"]) == (0, 20, Path("demo.png"))
+    assert (got["seed"], got["epochs"], got["out"]) == (0, 16, Path("demo.png"))
 
 
 @pytest.mark.parametrize(

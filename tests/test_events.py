@@ -124,7 +124,7 @@ def test_a_lone_parameter_that_cannot_tell_says_so() -> None:
         model.weight.grad.zero_()
         with pytest.warns(wdhook.WdhookWarning, match=r"zeroed.*weight.*at=\"step\"|weight"):
             model(torch.ones(1, 3)).sum().backward()
-        assert torch.equal(model.weight.grad, torch.ones(1, 3) + λ * model.weight)
+        assert torch.equal(model.weight.grad, torch.add(torch.ones(1, 3), model.weight, alpha=λ))
 
 
 def test_an_exception_in_mid_backward_is_repeated_without_harm() -> None:

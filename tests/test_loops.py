@@ -10,7 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from twins import LR, assert_bit_equal, assert_close, batches, loss_of, own_groups, perceptron, train, twins, weights, zero, λ
+from twins import (
+    LR,
+    assert_bit_equal,
+    assert_close,
+    batches,
+    loss_of,
+    own_groups,
+    perceptron,
+    train,
+    twins,
+    weights,
+    zero,
+    λ,
+)
 
 import wdhook
 
@@ -144,7 +157,7 @@ def test_sam_at_step_equals_the_decay_of_its_base_optimizer(mode: str, by_closur
 
     model, twin = twins(perceptron())
     with wdhook.attach(model, λ, mode=mode, at="step"):
-        play(model, SAM(model.parameters(), kind, lr=LR, weight_decay=0))
+        play(model, SAM(own_groups(model, 0.0), kind, lr=LR))  # in one order: SAM sums over all gradients
     play(twin, SAM(own_groups(twin), kind, lr=LR))
     assert_bit_equal(model.state_dict(), twin.state_dict())
 
@@ -271,7 +284,7 @@ def test_a_retained_graph_accumulates_one_decay() -> None:
         loss = loss_of(model, batch)
         loss.backward(retain_graph=True)
         loss.backward()
-    for weight, grad in zip(weights(model), expected):
+    for weight, grad in zip(weights(model), expected, strict=True):
         assert (weight.grad - grad).abs().max() < 1e-14  # one sum of three terms below 10, another order
 
 
@@ -300,11 +313,11 @@ def test_create_graph_once_and_accumulated(mode: str) -> None:
             loss_of(model, second).backward(create_graph=True)
     assert all(graphs)
     if mode == "decoupled":
-        for weight, other in zip(weights(model), weights(twin)):
+        for weight, other in zip(weights(model), weights(twin), strict=True):
             assert torch.equal(weight, other * (1 - LR * λ))
     else:
         total = loss_of(twin, first) + loss_of(twin, second) + wdhook.l2_penalty(twin, λ)
-        for weight, grad in zip(weights(model), torch.autograd.grad(total, weights(twin))):
+        for weight, grad in zip(weights(model), torch.autograd.grad(total, weights(twin)), strict=True):
             assert (weight.grad - grad).abs().max() < 1e-14  # a sum of three terms below 10
     model.zero_grad()  # break the cycle that create_graph makes
 
@@ -443,7 +456,7 @@ def test_decoupled_in_the_backward_warns_of_accumulation_once() -> None:
         with pytest.warns(wdhook.WdhookWarning, match='at="step"'):
             loss_of(model, second).backward()
         loss_of(model, third).backward()
-    assert all(torch.equal(w, b * (1 - LR * λ)) for w, b in zip(weights(model), before))
+    assert all(torch.equal(w, b * (1 - LR * λ)) for w, b in zip(weights(model), before, strict=True))
 
 
 def test_independent_decay_follows_the_schedule_but_not_the_base_lr() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from twins import assert_bit_equal, batches, loss_of, perceptron, weights
+from twins import assert_bit_equal, batches, loss_of, needs_scaler, perceptron, weights
 
 import wdhook
 from wdhook import _listener
@@ -47,20 +47,60 @@ AT_ATTACH: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], type[Exc
         ValueError,
         ("`model` must be a torch.nn.Module", "generator"),
     ),
-    "mode": (lambda m: wdhook.attach(m, 1e-4, mode="l2"), wdhook.ArgumentError, ValueError, ("`mode`", "'coupled'", "l2")),
-    "moment": (lambda m: wdhook.attach(m, 1e-4, at="forward"), wdhook.ArgumentError, ValueError, ("`at`", "'backward'")),
-    "foreach": (lambda m: wdhook.attach(m, 1e-4, foreach="yes"), wdhook.ArgumentError, ValueError, ("`foreach`", "yes")),
-    "optimizer": (lambda m: wdhook.attach(m, 1e-4, optimizer=3), wdhook.ArgumentError, ValueError, ("`optimizer`", "3")),
-    "scaler": (lambda m: wdhook.attach(m, 1e-4, scaler=128.0), wdhook.ArgumentError, ValueError, ("GradScaler", "float")),
-    "lr of coupled": (lambda m: wdhook.attach(m, 1e-4, lr=0.1), wdhook.ArgumentError, ValueError, ("`lr`", "coupled", "0.1")),
+    "mode": (
+        lambda m: wdhook.attach(m, 1e-4, mode="l2"),
+        wdhook.ArgumentError,
+        ValueError,
+        ("`mode`", "'coupled'", "l2"),
+    ),
+    "moment": (
+        lambda m: wdhook.attach(m, 1e-4, at="forward"),
+        wdhook.ArgumentError,
+        ValueError,
+        ("`at`", "'backward'"),
+    ),
+    "foreach": (
+        lambda m: wdhook.attach(m, 1e-4, foreach="yes"),
+        wdhook.ArgumentError,
+        ValueError,
+        ("`foreach`", "yes"),
+    ),
+    "optimizer": (
+        lambda m: wdhook.attach(m, 1e-4, optimizer=3),
+        wdhook.ArgumentError,
+        ValueError,
+        ("`optimizer`", "3"),
+    ),
+    "scaler": (
+        lambda m: wdhook.attach(m, 1e-4, scaler=128.0),
+        wdhook.ArgumentError,
+        ValueError,
+        ("GradScaler", "float"),
+    ),
+    "lr of coupled": (
+        lambda m: wdhook.attach(m, 1e-4, lr=0.1),
+        wdhook.ArgumentError,
+        ValueError,
+        ("`lr`", "coupled", "0.1"),
+    ),
     "lr of a wrong type": (
         lambda m: wdhook.attach(m, 1e-4, mode="decoupled", lr="0.1"),
         wdhook.ArgumentError,
         ValueError,
         ("`lr` must be a number",),
     ),
-    "recipe": (lambda m: wdhook.attach(m, 1e-4, recipe="mine"), wdhook.ArgumentError, ValueError, ("`recipe`", "'forum'")),
-    "overrides": (lambda m: wdhook.attach(m, 1e-4, overrides=["*"]), wdhook.ArgumentError, ValueError, ("mapping", "list")),
+    "recipe": (
+        lambda m: wdhook.attach(m, 1e-4, recipe="mine"),
+        wdhook.ArgumentError,
+        ValueError,
+        ("`recipe`", "'forum'"),
+    ),
+    "overrides": (
+        lambda m: wdhook.attach(m, 1e-4, overrides=["*"]),
+        wdhook.ArgumentError,
+        ValueError,
+        ("mapping", "list"),
+    ),
     "a selector that matches nothing": (
         lambda m: wdhook.attach(m, 1e-4, overrides={"layer9.*": 0.0}),
         wdhook.SelectorError,
@@ -293,7 +333,7 @@ def test_attached_twice() -> None:
                 wdhook.attach(model[3], 1e-3, at=at)
             assert isinstance(caught.value, RuntimeError)
         backward(model)
-        with pytest.raises(wdhook.AlreadyAttachedError, match="0.weight"):
+        with pytest.raises(wdhook.AlreadyAttachedError, match=r"0\.weight"):
             wdhook.apply_weight_decay(model, weight_decay=1e-4)
     wdhook.attach(model[3], 1e-3).remove()
 
@@ -307,7 +347,8 @@ def test_disjoint_handles() -> None:
         weight.grad = torch.zeros_like(weight)
     before = [w.detach().clone() for w in weights(model)]
     SGD(model.parameters(), lr=1.0).step()
-    assert [torch.equal(w, b - λ * b) for w, b, λ in zip(weights(model), before, (0.5, 0.25, 0.125))] == [True] * 3
+    for weight, old, λ in zip(weights(model), before, (0.5, 0.25, 0.125), strict=True):
+        assert torch.equal(weight, old - λ * old)
     for handle in (two, one, three):
         handle.remove()
     assert nothing_registered(model)
@@ -323,7 +364,7 @@ def test_master_weights(at: str, given: bool) -> None:
     arguments: dict[str, Any] = {"optimizer": optimizer} if given else {"lr": 0.1}
     with wdhook.attach(model, 0.1, mode="decoupled", at=at, **arguments):
         backward(model)
-        for master, p in zip(masters, model.parameters()):
+        for master, p in zip(masters, model.parameters(), strict=True):
             master.grad = p.grad.clone()
         pieces = ("master weights", 'mode="coupled"', "0.weight")
         assert_unchanged_by(optimizer.step, model, wdhook.MasterWeightsError, *pieces)
@@ -337,7 +378,7 @@ def test_coupled_decay_travels_to_master_weights() -> None:
         optimizer = SGD(masters, lr=0.1)
         with wdhook.attach(model, 0.1, at=at):
             backward(model)
-            for master, p in zip(masters, model.parameters()):
+            for master, p in zip(masters, model.parameters(), strict=True):
                 master.grad = p.grad.clone()
             if at == "step":
                 assert_unchanged_by(optimizer.step, model, wdhook.MasterWeightsError, "master weights")
@@ -370,6 +411,7 @@ def test_a_foreign_optimizer_is_none_of_our_business() -> None:
         optimizer.step()
 
 
+@needs_scaler
 def test_a_scaler_that_was_not_given() -> None:
     """A GradScaler that steps the optimizer makes coupled decay 65,536 times too weak: error at the first step."""
     model = plain()

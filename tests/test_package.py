@@ -41,11 +41,13 @@ def imports_of(path: Path, typing_too: bool = False) -> set[str]:
     """Files of the package that a file imports when it runs (inside functions too)."""
     found: set[str] = set()
     tree = ast.parse(path.read_text())
-    skipped = {id(n) for node in ast.walk(tree) if _is_typing(node) for n in ast.walk(node)} if not typing_too else set()
+    skipped = (
+        {id(n) for node in ast.walk(tree) if _is_typing(node) for n in ast.walk(node)} if not typing_too else set()
+    )
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or id(node) in skipped:
             continue
-        if node.level and node.module is None or node.module == "wdhook":
+        if (node.level and node.module is None) or node.module == "wdhook":
             found |= {a.name if (PACKAGE / f"{a.name}.py").exists() else "__init__" for a in node.names}
         elif node.level or (node.module or "").startswith("wdhook."):
             found.add((node.module or "").removeprefix("wdhook.").split(".")[0])

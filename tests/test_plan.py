@@ -77,7 +77,7 @@ def test_decayed_and_exempt_are_plans() -> None:
     ("overrides", "changed"),
     [
         ({"4.weight": 0.0}, {"4.weight": 0.0}),
-        ({"*.weight": 0.25}, {n: 0.25 for n in ("0.weight", "1.weight", "4.weight", "5.weight", "7.weight")}),
+        ({"*.weight": 0.25}, dict.fromkeys(("0.weight", "1.weight", "4.weight", "5.weight", "7.weight"), 0.25)),
         ({Role.BIAS: True}, {"0.bias": 0.5, "4.bias": 0.5}),
         ({"bias": 0.125}, {"0.bias": 0.125, "4.bias": 0.125}),
         ({nn.LayerNorm: True}, {"5.weight": 0.5, "5.bias": 0.5}),
@@ -164,6 +164,7 @@ def test_diff() -> None:
     assert len(other) == len(list(model.parameters())) + 2
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 def test_lazy_parameters() -> None:
     """A lazy module is decided by its type before it has a shape, and decayed once it has one."""
     model = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d(), nn.LazyConv1d(2, 1))
@@ -180,6 +181,7 @@ def test_lazy_parameters() -> None:
     assert "lazy" in str(plan)
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_lazy_parameters_are_decayed_from_their_first_step(at: str) -> None:
     """A parameter that had no shape when it was attached is decayed at its first step, and then in its backward."""
@@ -203,7 +205,9 @@ def block(width: int) -> nn.Module:
 
 def test_the_table_folds_layers_that_differ_in_their_number() -> None:
     """Twelve equal layers are one row for each of their parameters; unequal ones are not folded."""
-    model = nn.ModuleDict({"layers": nn.ModuleList([block(4) for _ in range(12)] + [block(6)]), "head": nn.Linear(4, 2)})
+    model = nn.ModuleDict(
+        {"layers": nn.ModuleList([block(4) for _ in range(12)] + [block(6)]), "head": nn.Linear(4, 2)}
+    )
     table = str(wdhook.plan(model, 1e-4))
     lines = [line.split() for line in table.splitlines()]
     assert ["layers.0-11.qkv.weight", "×12", "12×4", "weight", "0.0001"] in [line[:5] for line in lines]

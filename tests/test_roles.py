@@ -131,7 +131,7 @@ def test_torch_layers_are_known_by_type(layer: str) -> None:
     assert not any(verdict.guess for verdict in verdicts.values())
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm is deprecated")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*weight_norm is deprecated")
 def test_old_weight_norm_has_a_magnitude() -> None:
     """`weight_g` of the old weight_norm is a scale although it is 2-D; `weight_v` is the weight."""
     assert roles(nn.utils.weight_norm(nn.Linear(2, 3))) == {

@@ -6,9 +6,13 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+needs_scaler = pytest.mark.skipif(
+    not hasattr(torch.amp, "GradScaler"), reason="before torch 2.3 gradient scalers work on CUDA alone"
+)
 λ = 0.05
 LR = 0.1
 
@@ -51,9 +55,9 @@ def perceptron(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """Three layers whose gradients are never zero."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2)).to(
-            dtype
-        )
+        return nn.Sequential(
+            nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2)
+        ).to(dtype)
 
 
 def batches(model: nn.Module, count: int, seed: int = 1) -> list[Tensor]:

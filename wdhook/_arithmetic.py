@@ -68,7 +68,7 @@ def add_all_(
     if foreach and scale is None:
         torch._foreach_add_(grads, params, alpha=weight_decay)
     else:
-        for grad, param in zip(grads, params, strict=False):
+        for grad, param in zip(grads, params, strict=True):
             add_(grad, param, weight_decay, scale)
 
 
@@ -139,7 +139,7 @@ def _new_rows(grad: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor
     """Rows named by `grad` and not in `seen`; their sparse indices; all rows seen by now."""
     index = grad.coalesce().indices()
     rows = torch.zeros_like(index[0])
-    for size, along in zip(grad.shape, index, strict=False):
+    for size, along in zip(grad.shape[: len(index)], index, strict=True):
         rows = rows * size + along
     if seen is None:
         return rows, index, rows

@@ -272,9 +272,7 @@ def adopt(
         )
     decided = plan(model, max(λs.values()), overrides=overrides, recipe=recipe)
     adopted = decided.with_own({n: λs[id(p)] for n, p in model.named_parameters() if id(p) in λs})
-    handle = attach(
-        model, adopted, mode=mode, at=at, optimizer=optimizer, lr=lr, scaler=scaler, foreach=foreach
-    )
+    handle = attach(model, adopted, mode=mode, at=at, optimizer=optimizer, lr=lr, scaler=scaler, foreach=foreach)
     for settings in (*groups, optimizer.defaults):
         if "weight_decay" in settings:
             settings["weight_decay"] = 0.0
@@ -286,9 +284,7 @@ def _check_choice(argument: str, value: object, choices: tuple[str, ...]) -> Non
         raise ArgumentError(f"`{argument}` must be one of {', '.join(map(repr, choices))}.\n  got: {value!r}")
 
 
-def _ready_plan(
-    model: nn.Module, weight_decay: float | Plan, overrides: Overrides | None, recipe: str | None
-) -> Plan:
+def _ready_plan(model: nn.Module, weight_decay: float | Plan, overrides: Overrides | None, recipe: str | None) -> Plan:
     if not isinstance(weight_decay, Plan):
         return plan(model, weight_decay, overrides=overrides, recipe=recipe)
     if overrides is not None or recipe is not None:

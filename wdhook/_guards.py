@@ -33,7 +33,7 @@ def check_step(engine: Engine, optimizer: Optimizer, view: View, claimed: bool) 
         if not (view.wraps or claimed):
             _check_copies(engine, optimizer)
         return
-    for index, (group, buckets) in enumerate(zip(optimizer.param_groups, view.buckets, strict=False)):
+    for index, (group, buckets) in enumerate(zip(optimizer.param_groups, view.buckets, strict=True)):
         active = next((bucket[0] for bucket in buckets if bucket[0][1].alpha), None)
         if active is not None:
             if decays_itself(group):
@@ -130,7 +130,7 @@ def _master_weights(name: str, param: Tensor, optimizer: str) -> MasterWeightsEr
 
 def _warn_of_rounding(engine: Engine, optimizer: Optimizer, view: View) -> None:
     """Warn once if the decay of a low-precision parameter is less than its rounding error."""
-    for group, buckets in zip(optimizer.param_groups, view.buckets, strict=False):
+    for group, buckets in zip(optimizer.param_groups, view.buckets, strict=True):
         lr = _largest_lr(group)
         for bucket in buckets:
             param, entry = bucket[0]

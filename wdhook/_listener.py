@@ -59,9 +59,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     return None
 
 
-def _decaying(
-    closure: Callable[..., Any], optimizer: Optimizer, ours: list[tuple[Engine, View]]
-) -> Callable[..., Any]:
+def _decaying(closure: Callable[..., Any], optimizer: Optimizer, ours: list[tuple[Engine, View]]) -> Callable[..., Any]:
     """The closure, with the decay of what is due after its own work: that is where gradients come into being."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
 """What names say about a parameter's role: the class name of its owner, and its own local name.
 
 Both are read like English compounds, from the last word to the first: `logit_scale`, `expert_bias` and
-`gate_up_proj` are a scale, a bias and a projection; a `LayerNormLinear` is a linear layer, an `AdaLayerNorm` a
-norm. The full path is never read: paths hold "norm", "bias" or "pos" for reasons of their own.
+`gate_up_proj` are a scale, a bias and a projection; a `LayerNormLinear` is a linear layer, an `AdaLayerNorm`
+a norm. The full path is never read: paths hold "norm", "bias" or "pos" for reasons of their own.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ _NOUNS = _dictionary(
     NORM="norm ln bn",
     EMBEDDING="codebook codebooks codevectors",
     POSITION="pos position positions positional rel relpos rpe ape rope rotary freq freqs frequencies "
-    "encoding enc embed embeds embedding embeddings emb posembed token tokens cls latent latents prompt prompts "
-    "register registers newline separator sep sos bos eos query queries probe anchor anchors pointer ptr mem "
+    "encoding enc embed embeds embedding embeddings emb posembed token tokens cls latent latents prompt "
+    "prompts register registers newline separator sep sos bos eos query queries probe anchor anchors pointer ptr mem "
     "memory memories null pad padding state states",
     OTHER="decay bound bounds",
     FIRM_WEIGHT="kernel kernels proj projs projection matrix qkv spectrum",

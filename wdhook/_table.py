@@ -55,9 +55,7 @@ def fold(decisions: Iterable[Decision]) -> list[tuple[str, Decision]]:
         key = (_NUMBER.sub("#", d.name), d.shape, d.role, d.weight_decay, reason, d.guess)
         groups.setdefault(key, []).append((index, d))
     return [
-        (_label(d.name, index), d)
-        for members in groups.values()
-        for index, d in _joined(members, len(members[0][0]))
+        (_label(d.name, index), d) for members in groups.values() for index, d in _joined(members, len(members[0][0]))
     ]
 
 
@@ -69,7 +67,7 @@ def _joined(members: list[tuple[Index, Decision]], depth: int) -> list[tuple[Ind
             run = runs.setdefault(index[:at] + index[at + 1 :], [])
             if run and run[-1][0][at][1] + 1 == index[at][0]:
                 (low, _), first = run[-1][0][at], run[-1][1]
-                run[-1] = ((*index[:at], (low, index[at][1]), *index[at + 1:]), first)
+                run[-1] = ((*index[:at], (low, index[at][1]), *index[at + 1 :]), first)
             else:
                 run.append((index, d))
         members = [member for run in runs.values() for member in run]
@@ -96,12 +94,12 @@ def _totals(decisions: Sequence[Decision]) -> list[tuple[str, ...]]:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], right: Iterable[int] = ()) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=False)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = set(right)
     lines = [
         "  ".join(
             cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]

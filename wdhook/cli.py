@@ -80,7 +80,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of weights, batches and split (default: 0)")
-    parser.add_argument("--epochs", type=_epochs, default=20, metavar="N", help="of each training (default: 20)")
+    parser.add_argument("--epochs", type=_epochs, default=16, metavar="N", help="of each training (default: 16)")
     parser.add_argument(
         "--out", type=_png, default="demo.png", metavar="PNG", help="where the plot goes (default: demo.png)"
     )

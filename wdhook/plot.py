@@ -51,8 +51,8 @@ def _draw(ax: Any, title: str, history: History) -> None:
     for (label, values), style in zip(history.items(), cycle(_STYLES)):
         ax.plot(values[title], label=label, **style)
     ax.set_title(title, fontsize=10)
-    ax.margins(0.04)
-    ax.set_ylim(bottom=0)
+    ax.margins(x=0.04)
+    ax.set_ylim(0, 1.08 * ax.dataLim.ymax)
     ax.grid(color="#DDDDDD", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
