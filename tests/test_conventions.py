@@ -46,9 +46,7 @@ def exempt(model: nn.Module) -> set[str]:
     return {name for name, verdict in classify(model).items() if verdict.weight_decay == 0.0}
 
 
-@pytest.mark.parametrize(
-    "listed", [{"mix"}, ["mix"], ("mix",), {"mix": 0}, "mix", {"m?x"}, ["mi*", "nothing"]]
-)
+@pytest.mark.parametrize("listed", [{"mix"}, ["mix"], ("mix",), {"mix": 0}, "mix", {"m?x"}, ["mi*", "nothing"]])
 def test_no_weight_decay_lists(listed: Any) -> None:
     """A set, list, dict, lone name or glob exempts exactly what it names; the reason says who listed it."""
     model = nn.Sequential(Listing(listed))
@@ -98,9 +96,7 @@ def test_keywords_are_substrings_of_the_name_below() -> None:
     assert exempt(model) == {"b.proj.weight", "b.proj.bias"}
 
 
-@pytest.mark.parametrize(
-    "prefix", ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
-)
+@pytest.mark.parametrize("prefix", ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
 def test_wrapper_prefixes_do_not_hide_names(prefix: str) -> None:
     """A list made for the bare model still matches when a layer is wrapped; keys stay as they are."""
     model = Listing({"inner.mix"})
@@ -161,9 +157,7 @@ def test_optim_gives_a_weight_decay_of_its_own(value: float, decayed: bool) -> N
     assert classify(layer)["weight"].weight_decay is None
 
 
-@pytest.mark.parametrize(
-    "flag", ["is_embedding_parameter", "shared_embedding", "is_embedding_or_output_parameter"]
-)
+@pytest.mark.parametrize("flag", ["is_embedding_parameter", "shared_embedding", "is_embedding_or_output_parameter"])
 def test_megatron_embeddings(flag: str) -> None:
     """Megatron's flags call a matrix an embedding; a bias stays a bias."""
     layer = nn.Linear(2, 2)

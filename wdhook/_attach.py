@@ -348,8 +348,9 @@ def _check_scaler(scaler: object) -> None:
 
 def _check_free(engine: Engine, wanted: Plan) -> None:
     """Raise if another handle decays a parameter that this one is to decay."""
-    mine = engine.governed()
-    for other in attached():
+    others = attached()
+    mine = engine.governed() if others else {}
+    for other in others:
         for key, name in other.governed().items():
             if key in mine:
                 raise AlreadyAttachedError(

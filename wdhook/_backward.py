@@ -160,7 +160,8 @@ class Witness:
             f"  parameter: {entry.name}\n"
             '  Use zero_grad(set_to_none=True), or attach(..., at="step")',
         )
-        return not grad._is_view()  # a slice of a bucket is most often an all-reduce's work
+        # In a distributed run it is most often the work of an all-reduce.
+        return not (grad._is_view() or (torch.distributed.is_available() and torch.distributed.is_initialized()))
 
 
 def _not_reached_yet(engine: Engine, asking: Entry) -> Iterator[Tensor]:

@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-WRAPPER_PREFIX = re.compile(
-    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
+WRAPPER_PREFIX = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What DDP, torch.compile, FSDP and activation checkpointing insert into parameter names."""
 
 _EXEMPT_FLAGS = ("_no_weight_decay", "no_weight_decay", "skip_weight_decay")

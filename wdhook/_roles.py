@@ -98,17 +98,10 @@ def _marked(verdict: Verdict, parameter: torch.Tensor, listed: str | None) -> Ve
 
 def _packed(parameter: torch.Tensor) -> Verdict | None:
     """The verdict on storage that is not one array of numbers to shrink."""
-    if (
-        not (parameter.is_floating_point() or parameter.is_complex())
-        or type(parameter).__name__ == "Params4bit"
-    ):
-        return Verdict(
-            Role.OTHER, f"packed as {str(parameter.dtype).removeprefix('torch.')}, cannot be decayed"
-        )
+    if not (parameter.is_floating_point() or parameter.is_complex()) or type(parameter).__name__ == "Params4bit":
+        return Verdict(Role.OTHER, f"packed as {str(parameter.dtype).removeprefix('torch.')}, cannot be decayed")
     if type(parameter).__name__ == "FlatParameter":
-        return Verdict(
-            Role.OTHER, "flattened by FSDP, holds several roles (use_orig_params=True)", guess=True
-        )
+        return Verdict(Role.OTHER, "flattened by FSDP, holds several roles (use_orig_params=True)", guess=True)
     return None
 
 

@@ -69,6 +69,7 @@ def decay(engine: Engine, optimizer: Optimizer, view: View, evaluated: bool) -> 
 
 def _due(engine: Engine, owner: Owner, bucket: Iterable[tuple[Tensor, Entry]], evaluated: bool) -> list[Due]:
     due = []
+    hooked = engine.settings.at == "backward"
     for param, entry in bucket:
         grad = param.grad
         if grad is None:
@@ -79,7 +80,7 @@ def _due(engine: Engine, owner: Owner, bucket: Iterable[tuple[Tensor, Entry]], e
             if _is_done(engine, grad, entry, evaluated):
                 continue
             entry.reopen()
-        if entry.handle is None:
+        if hooked and entry.handle is None:
             engine.track(entry.name, param)  # unfrozen since: from now on in its backward
         due.append((param, grad, entry))
     return due
