@@ -205,6 +205,18 @@ AT_ATTACH: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], type[Exc
         ValueError,
         ("at least one module",),
     ),
+    "one-shot in a mode that has a memory": (
+        lambda m: wdhook.apply_weight_decay(m, weight_decay=1e-4, mode="independent"),
+        wdhook.ArgumentError,
+        ValueError,
+        ("`mode`", "independent"),
+    ),
+    "one-shot coupled with lr": (
+        lambda m: wdhook.apply_weight_decay(m, weight_decay=1e-4, lr=0.1),
+        wdhook.ArgumentError,
+        ValueError,
+        ("`lr`", "coupled"),
+    ),
     "one-shot before the backward": (
         lambda m: wdhook.apply_weight_decay(m, weight_decay=1e-4),
         wdhook.NoGradientError,

@@ -29,19 +29,44 @@ SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 
 
 @pytest.mark.parametrize("foreach", [None, True, False])
-@pytest.mark.parametrize("lr", [None, LR])
-def test_once_right_after_the_backward(lr: float | None, foreach: bool | None) -> None:
-    """One call per step equals param groups bit for bit, coupled and (with lr) decoupled."""
-    kind = SGD if lr is None else AdamW
+@pytest.mark.parametrize("how", ["coupled", "lr", "function", "optimizer"])
+def test_once_right_after_the_backward(how: str, foreach: bool | None) -> None:
+    """One call per step equals param groups bit for bit, coupled and (by lr or by the optimizer) decoupled."""
+    kind = SGD if how == "coupled" else AdamW
     model, twin = twins(convnet())
     optimizer = kind(model.parameters(), lr=LR, weight_decay=0)
     for batch in batches(model, 4):
         optimizer.zero_grad()
         loss_of(model, batch).backward()
-        wdhook.apply_weight_decay(model, weight_decay=λ, lr=lr, foreach=foreach)
+        arguments: dict[str, Any] = {
+            "coupled": {},
+            "lr": {"mode": "decoupled", "lr": LR},
+            "function": {"mode": "decoupled", "lr": lambda group: group["lr"], "optimizer": optimizer},
+            "optimizer": {"mode": "decoupled", "optimizer": optimizer},
+        }[how]
+        wdhook.apply_weight_decay(model, weight_decay=λ, foreach=foreach, **arguments)
         optimizer.step()
     train(twin, kind(own_groups(twin), lr=LR), batches(twin, 4))
     assert_bit_equal(model.state_dict(), twin.state_dict())
+
+
+def test_maximize_turns_the_sign() -> None:
+    """With the optimizer given, a gradient that will be negated gets the decay with the other sign."""
+    model = nn.Linear(2, 1, bias=False)
+    model(torch.zeros(1, 2)).sum().backward()
+    wdhook.apply_weight_decay(model, weight_decay=0.5, optimizer=SGD(model.parameters(), maximize=True))
+    assert torch.equal(model.weight.grad, -0.5 * model.weight)
+
+
+def test_a_later_failure_changes_nothing() -> None:
+    """A parameter without a learning rate is named before any other is changed."""
+    model = perceptron()
+    before = [w.detach().clone() for w in weights(model)]
+    loss_of(model, batches(model, 1)[0]).backward()
+    part = SGD(model[0].parameters(), lr=LR)
+    with pytest.raises(wdhook.LearningRateError, match=r"3\.weight"):
+        wdhook.apply_weight_decay(model, weight_decay=λ, mode="decoupled", optimizer=part)
+    assert all(map(torch.equal, weights(model), before))
 
 
 def test_several_modules_share_a_parameter() -> None:

@@ -119,16 +119,18 @@ def test_at_backward_accumulated_and_clipped_equals_a_penalty_in_the_loss(name: 
         assert (one - other).abs().max() <= 1e-9, key
 
 
-def test_maximize_decays_towards_zero() -> None:
-    """With maximize=True the optimizer negates the gradient; the decay still shrinks the weights."""
-    for at in ("backward", "step"):
-        model = nn.Linear(3, 2, bias=False)
-        before = model.weight.detach().clone()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, maximize=True)
-        with wdhook.attach(model, 0.5, at=at, optimizer=optimizer):
-            (model(torch.ones(1, 3)) * 0).sum().backward()
-            optimizer.step()
-        assert torch.allclose(model.weight, before * (1 - 0.1 * 0.5), rtol=1e-6, atol=0)  # one rounding in float32
+@pytest.mark.parametrize("at", ["backward", "step"])
+@pytest.mark.parametrize("start", [0.5, 0.0])
+def test_maximize_decays_towards_zero(at: str, start: float) -> None:
+    """With maximize=True the optimizer negates the gradient; the decay shrinks the weights, from a λ of zero too."""
+    model = nn.Linear(3, 2, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, maximize=True)
+    with wdhook.attach(model, start, at=at, optimizer=optimizer) as decay:
+        decay.weight_decay = 0.5
+        (model(torch.ones(1, 3)) * 0).sum().backward()
+        optimizer.step()
+    assert torch.allclose(model.weight, before * (1 - 0.1 * 0.5), rtol=1e-6, atol=0)  # one rounding in float32
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is newer than this torch")

@@ -221,7 +221,7 @@ class Engine:
 
     def _buckets(self, view: View, optimizer: Any, index: int, named: Mapping[str, Tensor]) -> list[list[Pair]]:
         """The decayed parameters of one param group, by what one foreach call can take."""
-        maximize = optimizer.param_groups[index].get("maximize")
+        sign = -1.0 if optimizer.param_groups[index].get("maximize") else 1.0
         buckets: dict[Any, list[Pair]] = {}
         for name, param in named.items():
             entry = self.track(name, param)
@@ -229,12 +229,12 @@ class Engine:
                 continue
             if entry.place is None or self.was_given(optimizer):
                 entry.place = weakref.ref(optimizer), index
-            alpha = -entry.weight_decay if maximize else entry.weight_decay
-            if entry.decayed and alpha != entry.alpha:
+            if entry.decayed and entry.sign != sign:
                 view.turned = name
-            entry.alpha = alpha
+            entry.sign = sign
+            entry.set(entry.weight_decay)
             entry.move(view.owner)
-            kind = (alpha, entry.follows, param.device, param.dtype, arithmetic.is_plain(param))
+            kind = (entry.weight_decay, entry.follows, param.device, param.dtype, arithmetic.is_plain(param))
             buckets.setdefault(kind, []).append((param, entry))
         return list(buckets.values())
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from . import _arithmetic as arithmetic
-from ._errors import AlreadyAttachedError, ArgumentError, NoGradientError
+from ._arithmetic import Number
+from ._errors import AlreadyAttachedError, ArgumentError, LearningRateError, NoGradientError
 from ._listener import attached
+from ._optimizers import LearningRate, learning_rate
 from ._overrides import Overrides
 from ._plan import Decision, plan, require_eligible
 
@@ -17,7 +19,9 @@ from ._plan import Decision, plan, require_eligible
 def apply_weight_decay(
     *modules: nn.Module,
     weight_decay: float,
-    lr: float | None = None,
+    mode: str = "coupled",
+    optimizer: Any | None = None,
+    lr: LearningRate | None = None,
     scaler: Any | None = None,
     overrides: Overrides | None = None,
     recipe: str | None = None,
@@ -26,18 +30,20 @@ def apply_weight_decay(
     """Decay every eligible parameter that has a gradient, once, now; no hooks.
 
     Call it once per optimizer step, after the last ``loss.backward()`` of the step and before the step.
-    Without `lr` the decay is coupled (g ← g + λ·p); with it, decoupled (p ← p·(1 − lr·λ)).
 
     Args:
         modules: one or more modules; a parameter that several of them share is decayed once.
         weight_decay: λ per optimizer step.
-        lr: learning rate; makes the decay decoupled.
+        mode: ``"coupled"`` (g ← g + λ·p) or ``"decoupled"`` (p ← p·(1 − lr·λ)); see `attach`.
+        optimizer: read for the learning rate of decoupled decay, and for ``maximize``.
+        lr: learning rate of decoupled decay, a number or a function of the param group.
         scaler: the ``GradScaler``, if the loss was scaled and the gradients are scaled still.
         overrides, recipe: see `plan`; they are matched in each module by itself.
         foreach: as in ``torch.optim``.
 
     Raises:
         ArgumentError, SelectorError, NothingToDecayError: as `plan` and `attach`.
+        LearningRateError: decoupled, and there is no learning rate for a parameter.
         NoGradientError: no eligible parameter has a gradient, so ``backward()`` has not run yet.
         AlreadyAttachedError: a handle decays one of the parameters.
 
@@ -50,30 +56,52 @@ def apply_weight_decay(
     """
     if not modules:
         raise ArgumentError("`apply_weight_decay` needs at least one module")
+    if mode not in ("coupled", "decoupled"):
+        raise ArgumentError(f"`mode` must be 'coupled' or 'decoupled' without a handle.\n  got: {mode!r}")
+    if mode == "coupled" and lr is not None:
+        raise ArgumentError(f'`lr` has no meaning with mode="coupled".\n  got: {lr!r}')
     chosen = _eligible(modules, weight_decay, overrides, recipe)
     _check_unattached(chosen)
-    due = [(p, p.grad, d.weight_decay) for p, d in chosen if p.grad is not None]
+    due = [(p, p.grad, d) for p, d in chosen if p.grad is not None]
     if not due:
         raise NoGradientError(
             "No eligible parameter has a gradient.\n"
             f"  eligible parameters: {len(chosen)}\n  Call it after loss.backward() and before optimizer.step()"
         )
+    groups = {id(p): group for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+    amount = _alpha if mode == "coupled" else _factor
+    amounts = [amount(decision, groups.get(id(param)), lr) for param, _, decision in due]  # before any change
     with torch.no_grad():
-        for param, grad, λ in due:
+        buckets: dict[Any, tuple[Number, list[Tensor], list[Tensor]]] = {}
+        for (param, grad, _), by in zip(due, amounts, strict=True):
             if grad.is_sparse:
-                _decay_rows(param, grad, λ, lr, scaler)
-        buckets: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-        for param, grad, λ in due:
-            if not grad.is_sparse and λ:
-                kind = (λ, param.device, param.dtype, arithmetic.is_plain(param))
-                buckets.setdefault(kind, []).append((param, grad))
-        for (λ, device, _, plain), pairs in buckets.items():
-            params, grads = [p for p, _ in pairs], [g for _, g in pairs]
-            many = plain and len(pairs) > 1 if foreach is None else foreach
-            if lr is None:
-                arithmetic.add_all_(grads, params, λ, arithmetic.loss_scale(scaler, device), many)
+                _decay_rows(param, grad, by, mode, scaler)
+                continue
+            key = by if isinstance(by, float) else id(by)
+            kind = (key, param.device, param.dtype, arithmetic.is_plain(param))
+            _, params, grads = buckets.setdefault(kind, (by, [], []))
+            params.append(param)
+            grads.append(grad)
+        for (_, device, _, plain), (by, params, grads) in buckets.items():
+            many = plain and len(params) > 1 if foreach is None else foreach
+            if mode == "coupled":
+                arithmetic.add_all_(grads, params, float(by), arithmetic.loss_scale(scaler, device), many)
             else:
-                arithmetic.mul_all_(params, arithmetic.factor(lr, λ), many)
+                arithmetic.mul_all_(params, by, many)
+
+
+def _alpha(decision: Decision, group: Any | None, lr: LearningRate | None) -> Number:
+    return -decision.weight_decay if group is not None and group.get("maximize") else decision.weight_decay
+
+
+def _factor(decision: Decision, group: Any | None, lr: LearningRate | None) -> Number:
+    if group is None and (lr is None or callable(lr)):
+        raise LearningRateError(
+            "Decoupled decay needs a learning rate for the parameter.\n"
+            f"  parameter: {decision.name}\n  lr: {lr!r}\n"
+            "  Give the optimizer that owns it as `optimizer=`, or a number as `lr=`"
+        )
+    return arithmetic.factor(learning_rate(group or {}, lr), decision.weight_decay)
 
 
 def l2_penalty(
@@ -138,8 +166,9 @@ def _check_unattached(chosen: list[tuple[nn.Parameter, Decision]]) -> None:
             )
 
 
-def _decay_rows(param: Tensor, grad: Tensor, λ: float, lr: float | None, scaler: Any | None) -> None:
-    if lr is None:
-        arithmetic.add_rows_(grad, param, arithmetic.scaled(λ, arithmetic.loss_scale(scaler, grad.device)), None)
+def _decay_rows(param: Tensor, grad: Tensor, by: Number, mode: str, scaler: Any | None) -> None:
+    if mode == "coupled":
+        scale = arithmetic.loss_scale(scaler, grad.device)
+        arithmetic.add_rows_(grad, param, by if scale is None else by * scale, None)
     else:
-        arithmetic.mul_rows_(grad, param, arithmetic.factor(lr, λ), None)
+        arithmetic.mul_rows_(grad, param, by, None)

@@ -37,21 +37,21 @@ class Entry(Window):
     It does not refer to the parameter, not even weakly: `torch.utils.swap_tensors` refuses those.
     """
 
-    __slots__ = ("alpha", "follows", "handle", "name", "place", "weight_decay")
+    __slots__ = ("alpha", "follows", "handle", "name", "place", "sign", "weight_decay")
 
     def __init__(self, name: str, weight_decay: float, follows: bool, owner: Owner) -> None:
         super().__init__(owner)
         self.name = name
-        self.weight_decay = weight_decay
         self.follows = follows  # λ is that of the handle, not an absolute one
-        self.alpha = weight_decay  # λ, negative where the optimizer maximizes
+        self.sign = 1.0  # -1.0 where the optimizer maximizes, and so negates the gradient
+        self.set(weight_decay)
         self.handle: RemovableHandle | None = None
         self.place: tuple[weakref.ref[Any], int] | None = None  # optimizer, index of the param group
 
     def set(self, weight_decay: float) -> None:
         """Change λ."""
-        self.alpha = weight_decay if self.alpha >= 0 else -weight_decay
         self.weight_decay = weight_decay
+        self.alpha = self.sign * weight_decay  # what coupled decay adds, times the parameter
 
 
 Pair = tuple[Tensor, Entry]
