@@ -116,6 +116,47 @@ def test_a_gradient_changed_in_place_between_micro_batches(change: str) -> None:
     assert_close(model.state_dict(), twin.state_dict(), 1e-13)  # 9 sums of numbers below 10 in float64
 
 
+def test_one_part_is_zeroed_while_another_accumulates() -> None:
+    """Two parts, two optimizers, one handle: one part throws its gradients away, the other clips and goes on."""
+    results = []
+    for own in (True, False):
+        g, d = (nn.Sequential(*perceptron(torch.float64, seed)) for seed in (1, 2))
+        both = nn.ModuleList([g, d])
+        optimizers = [torch.optim.SGD(own_groups(m, λ if own else 0.0), lr=LR) for m in (g, d)]
+        handle = None if own else wdhook.attach(both, λ)
+        for x, y in (batches(g, 2, seed) for seed in range(3)):
+            (loss_of(g, x) + loss_of(d, x)).backward()
+            nn.utils.clip_grad_norm_(both.parameters(), 100.0)  # changes every gradient, by a factor of one
+            zero(d, to_none=False)
+            loss_of(d, y).backward()
+            optimizers[1].step()
+            loss_of(g, y).backward()
+            optimizers[0].step()
+            zero(both, to_none=True)
+        if handle is not None:
+            handle.remove()
+        results.append(both.state_dict())
+    assert_close(*results, 1e-13)  # other orders of a few sums in float64
+
+
+def test_zeroed_in_place_and_not_reached_again() -> None:
+    """A gradient that a skipped step left as zeros, and the next backward does not touch, is decayed at the step."""
+    model, twin = twins(nn.ModuleList([perceptron(seed=s) for s in (1, 2)]))
+
+    def play(m: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for batch in batches(m[0], 3):
+            (loss_of(m[0], batch) + loss_of(m[1], batch)).backward()
+            zero(m, to_none=False)
+            loss_of(m[0], batch).backward()
+            optimizer.step()
+            zero(m, to_none=False)
+
+    with wdhook.attach(model, λ):
+        play(model, torch.optim.SGD(model.parameters(), lr=LR))
+    play(twin, torch.optim.SGD(own_groups(twin), lr=LR))
+    assert_bit_equal(model.state_dict(), twin.state_dict())
+
+
 def test_a_lone_parameter_that_cannot_tell_says_so() -> None:
     """With one parameter there is no other gradient to ask: the hook decays again, and warns."""
     model = nn.Linear(3, 1, bias=False)

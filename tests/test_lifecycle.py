@@ -286,10 +286,13 @@ def test_swapping_tensors_of_an_attached_model() -> None:
         with wdhook.attach(model, λ):
             model.double()
             train(model, SGD(model.parameters(), lr=LR), batches(model, 3))
+            model.float()  # its gradients were marked, and are there still
+            train(model, SGD(model.parameters(), lr=LR), batches(model, 3))
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
-    twin.double()
-    train(twin, SGD(own_groups(twin), lr=LR), batches(twin, 3))
+    for dtype in (torch.float64, torch.float32):
+        twin.to(dtype)
+        train(twin, SGD(own_groups(twin), lr=LR), batches(twin, 3))
     assert_bit_equal(model.state_dict(), twin.state_dict())
 
 

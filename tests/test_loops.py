@@ -418,6 +418,21 @@ def test_replaced_and_added_parameters(at: str) -> None:
 
 
 @pytest.mark.parametrize("at", ["backward", "step"])
+def test_a_model_that_changed_needs_no_match_for_its_overrides(at: str) -> None:
+    """A selector that matched when attached, and matches nothing in the changed model, is no error at the step."""
+    model = perceptron()
+    with wdhook.attach(model, λ, at=at, overrides={"5.*": 0.0}) as handle:
+        model[5] = nn.ModuleDict({"head": nn.Linear(5, 2)})
+        model[5].forward = lambda x: model[5]["head"](x)
+        train(model, SGD(model.parameters(), lr=LR), batches(model, 2))
+        assert handle.plan["5.head.weight"].weight_decay == 0.0
+        model[5] = nn.Identity()
+        model.append(nn.Linear(5, 2))
+        train(model, SGD(model.parameters(), lr=LR), batches(model, 2))
+        assert handle.plan["6.weight"].weight_decay == λ
+
+
+@pytest.mark.parametrize("at", ["backward", "step"])
 def test_gradients_assigned_by_hand(at: str) -> None:
     """A gradient that no backward pass made is decayed at the step."""
     model = nn.Linear(3, 2)

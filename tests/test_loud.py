@@ -402,6 +402,41 @@ def test_coupled_decay_travels_to_master_weights() -> None:
                 assert torch.equal(masters[0], reference[0].weight)
 
 
+@pytest.mark.parametrize("padding", [0, 5])
+def test_flat_master_weights(padding: int) -> None:
+    """Copies in one flat buffer, of another precision and padded, are recognised by their content."""
+    model = plain().bfloat16()
+    flat = torch.cat([p.detach().float().flatten() for p in model.parameters()] + [torch.zeros(padding)])
+    optimizer = SGD([nn.Parameter(flat)], lr=0.1)
+    optimizer.param_groups[0]["params"][0].grad = torch.zeros_like(flat)
+    with wdhook.attach(model, 0.1, mode="decoupled", at="step"):
+        backward(model)
+        assert_unchanged_by(optimizer.step, model, wdhook.MasterWeightsError, "master weights", "bfloat16")
+
+
+def test_a_model_of_the_same_size_is_no_copy() -> None:
+    """Another network of the same shape, whose optimizer steps first, raises nothing."""
+    model, other = plain(), perceptron(seed=5)
+    with wdhook.attach(model, 0.1, at="step"):
+        backward(model)
+        backward(other)
+        SGD(other.parameters(), lr=0.1).step()
+        SGD(model.parameters(), lr=0.1).step()
+
+
+def test_steps_that_are_never_ours() -> None:
+    """Decay at the step, and twenty steps by optimizers that own nothing of ours while a gradient waits: a warning."""
+    model, other = plain(), nn.Linear(1, 1)
+    optimizer = SGD(other.parameters(), lr=0.1)
+    with wdhook.attach(model, 0.1, at="step"):
+        backward(model)
+        for _ in range(19):
+            optimizer.step()
+        with pytest.warns(wdhook.WdhookWarning, match=r"none of the[\s\S]*0\.weight"):
+            optimizer.step()
+        optimizer.step()
+
+
 def test_a_parameter_that_no_given_optimizer_steps() -> None:
     """Decoupled: a trained parameter outside every optimizer given is named, and what to do."""
     model = plain()
@@ -440,6 +475,44 @@ def test_a_scaler_that_was_not_given() -> None:
 
 
 @pytest.mark.parametrize("at", ["backward", "step"])
+@needs_scaler
+def test_a_scaler_that_comes_later() -> None:
+    """Scaling that starts in mid-training is caught at its first step."""
+    model = plain()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    with wdhook.attach(model, 0.1):
+        backward(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, batches(model, 1)[0])).backward()
+        scaler.unscale_(optimizer)
+        assert_unchanged_by(lambda: scaler.step(optimizer), model, wdhook.LossScaleError, "GradScaler")
+
+
+@needs_scaler
+def test_a_scaler_that_does_not_step() -> None:
+    """A scaler that was given, while the optimizer steps without it, is a warning."""
+    model = plain()
+    optimizer = SGD(model.parameters(), lr=0.0)
+    with wdhook.attach(model, 0.1, scaler=torch.amp.GradScaler("cpu")):
+        backward(model)
+        with pytest.warns(wdhook.WdhookWarning, match="too strong"):
+            optimizer.step()
+
+
+@needs_scaler
+def test_a_fused_step_that_may_be_skipped() -> None:
+    """Decoupled decay in the backward, and a fused optimizer that skips on the device: a warning."""
+    model = plain()
+    optimizer = SGD(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    with wdhook.attach(model, 0.1, mode="decoupled", optimizer=optimizer):
+        scaler.scale(loss_of(model, batches(model, 1)[0])).backward()
+        with pytest.warns(wdhook.WdhookWarning, match='at="step"'):
+            scaler.step(optimizer)
+
+
 def test_an_lr_that_is_not_there(at: str) -> None:
     """lr=None is named, with `lr=`; at the step where the optimizer was not given."""
     model = plain()

@@ -99,10 +99,10 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
 
 
-def has_content(grad: Tensor) -> bool:
-    """Whether any element of a gradient (of a DTensor: of its local shard) is not zero. Synchronises."""
+def content(grad: Tensor) -> Tensor:
+    """Whether any element of a gradient (of a DTensor: of its local shard) is not zero, as a 0-dim tensor."""
     local: Tensor = grad.to_local() if hasattr(grad, "to_local") else grad
-    return bool((local._values() if local.is_sparse else local).any())
+    return (local._values() if local.is_sparse else local).any()
 
 
 def add_rows_(grad: Tensor, param: Tensor, weight_decay: Number, seen: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from ._listener import attached, listen
 from ._numbers import check_weight_decay, is_number
 from ._optimizers import LearningRate, check_supports_decoupled, learning_rate, own_mode
 from ._overrides import Overrides
-from ._plan import Plan, plan, require_eligible
+from ._plan import Plan, decide, plan, require_eligible
 from ._state import Settings
 
 MODES = ("coupled", "decoupled", "independent")
@@ -205,7 +205,7 @@ def attach(
         lr=lr,
         scaler=scaler,
         foreach=foreach,
-        replan=partial(plan, overrides=overrides, recipe=recipe),
+        replan=partial(decide, overrides=overrides, recipe=recipe, strict=False),
     )
     engine = Engine(model, ready, settings)
     _check_free(engine, ready)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,25 +135,26 @@ def _factor(engine: Engine, entry: Entry) -> arithmetic.Number | None:
 class Witness:
     """Tells whether a gradient that changed in place between two backward passes had been zeroed.
 
-    Asked once per backward pass, and answered by the content of the gradients that this pass has not
-    reached yet: they hold a decay, so only zeroing leaves nothing in them. This costs a synchronisation,
-    but only in loops that do such a thing.
+    Asked once per backward pass, and answered by the content of the gradients that this pass has not reached
+    yet: they hold a decay, so only zeroing leaves nothing in them. This reads them and costs a
+    synchronisation, but only in loops that do such a thing.
     """
 
     def __init__(self) -> None:
         self._task: int | None = None
-        self._zeroed: bool | None = None
+        self._zeroed: weakref.WeakKeyDictionary[Entry, bool] = weakref.WeakKeyDictionary()  # in this backward pass
 
     def says_zeroed(self, engine: Engine, entry: Entry, grad: Tensor) -> bool:
         """Whether `grad`, the gradient of `entry`'s parameter, was zeroed before this pass added to it."""
         task = torch._C._current_graph_task_id()  # the only name that autograd has for "this backward pass"
         if task != self._task or task < 0:
             self._task = task
-            others = list(_not_reached_yet(engine, entry))
-            if others:
-                self._zeroed = not any(map(arithmetic.has_content, others))
-        if self._zeroed is not None:
-            return self._zeroed
+            self._look(engine, entry)
+        if entry in self._zeroed:
+            return self._zeroed[entry]
+        if self._zeroed:  # what is zeroed together is named alike: the nearest neighbour speaks for this one
+            nearest = max(self._zeroed, key=lambda other: _kinship(entry, other))
+            return self._zeroed[nearest]
         engine.warn_once(
             "zeroed",
             "A gradient was changed in place between two backward passes without a step, and no other gradient "
@@ -163,9 +165,25 @@ class Witness:
         # In a distributed run it is most often the work of an all-reduce.
         return not (grad._is_view() or (torch.distributed.is_available() and torch.distributed.is_initialized()))
 
+    def _look(self, engine: Engine, asking: Entry) -> None:
+        self._zeroed.clear()
+        others = [(entry, grad) for entry, grad in _changed(engine) if entry is not asking]
+        contents = [arithmetic.content(grad) for _, grad in others]  # all before the first is waited for
+        for (entry, grad), content in zip(others, contents, strict=True):
+            self._zeroed[entry] = not bool(content)
+            entry.version = grad._version
+            if self._zeroed[entry]:
+                entry.reopen()  # also where this pass will not reach it
 
-def _not_reached_yet(engine: Engine, asking: Entry) -> Iterator[Tensor]:
+
+def _changed(engine: Engine) -> Iterator[tuple[Entry, Tensor]]:
+    """Entries whose marked gradient is still there, and was changed since by something else than a hook's pass."""
     for _, param in engine.parameters():
         entry, grad = engine.entry(param), param.grad
-        if entry is not None and entry is not asking and grad is not None and entry.was_touched(grad):
-            yield grad
+        if entry is not None and grad is not None and entry.was_touched(grad):
+            yield entry, grad
+
+
+def _kinship(one: Entry, other: Entry) -> tuple[bool, int]:
+    parts = zip(one.name.split("."), other.name.split("."))  # noqa: B905 - as far as the shorter one goes
+    return one.owner is other.owner, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], parts))

@@ -29,6 +29,7 @@ class Engine:
         self.pauses = 0
         self.closed = False
         self.steps = 0
+        self.foreign_steps = 0  # while one of ours waited with a gradient, and nobody owned any
         self.was_owned = False  # some optimizer that stepped or was given owns a decayed parameter
         self.running: list[int] = []  # the optimizers whose steps have begun and not ended
         self.witness = Witness()

@@ -42,33 +42,58 @@ def check_step(engine: Engine, optimizer: Optimizer, view: View, claimed: bool) 
                 learning_rate(group, None)
     if settings.mode != "coupled":
         _check_strays(engine, view)
+        _check_skipping(engine, optimizer)
+    elif settings.at == "backward":
+        _check_loss_scale(engine, optimizer)
+        _check_sign(optimizer, view)
     if not view.checked:
-        _check_once(engine, optimizer, view)
+        if settings.mode != "coupled":
+            check_supports_decoupled(optimizer)
+        _warn_of_rounding(engine, optimizer, view)
         view.checked = True
 
 
-def _check_once(engine: Engine, optimizer: Optimizer, view: View) -> None:
-    """What can only be wrong from the first step on."""
-    settings = engine.settings
-    if settings.mode != "coupled":
-        check_supports_decoupled(optimizer)
-    elif settings.at == "backward":
-        if settings.scaler is None and stepping_scaler() is not None:
-            raise LossScaleError(
-                "The loss is scaled by a GradScaler that `attach` was not told about: the decay in the gradients "
-                "is too weak by the factor of the scale (65536 at first).\n"
-                f"  optimizer: {type(optimizer).__name__}\n"
-                '  Use attach(..., scaler=scaler), or attach(..., at="step")'
-            )
-        if view.turned is not None:
-            name, view.turned = view.turned, None
-            raise UnsupportedOptimizerError(
-                "The optimizer maximizes, which was not known in the backward pass that has decayed already: "
-                "that decay has the wrong sign.\n"
-                f"  parameter: {name}\n  optimizer: {type(optimizer).__name__}(maximize=True)\n"
-                '  Use attach(..., optimizer=optimizer), or attach(..., at="step")'
-            )
-    _warn_of_rounding(engine, optimizer, view)
+def _check_loss_scale(engine: Engine, optimizer: Optimizer) -> None:
+    """Coupled decay in the backward has to know the factor of the loss."""
+    given = engine.settings.scaler
+    stepping = stepping_scaler()
+    if given is None and stepping is not None:
+        raise LossScaleError(
+            "The loss is scaled by a GradScaler that `attach` was not told about: the decay in the gradients "
+            "is too weak by the factor of the scale (65536 at first).\n"
+            f"  optimizer: {type(optimizer).__name__}\n"
+            '  Use attach(..., scaler=scaler), or attach(..., at="step")'
+        )
+    if given is not None and given.is_enabled() and stepping is None:
+        engine.warn_once(
+            "unscaled",
+            "The optimizer was not stepped by the GradScaler that `attach` was given. If the loss was not scaled, the "
+            "decay in the gradients is too strong by the factor of the scale.\n"
+            f"  optimizer: {type(optimizer).__name__}\n"
+            "  Use scaler.scale(loss).backward() and scaler.step(optimizer), or leave `scaler` out",
+        )
+
+
+def _check_sign(optimizer: Optimizer, view: View) -> None:
+    if view.turned is not None:
+        name, view.turned = view.turned, None
+        raise UnsupportedOptimizerError(
+            "The optimizer maximizes, which was not known in the backward pass that has decayed already: "
+            "that decay has the wrong sign.\n"
+            f"  parameter: {name}\n  optimizer: {type(optimizer).__name__}(maximize=True)\n"
+            '  Use attach(..., optimizer=optimizer), or attach(..., at="step")'
+        )
+
+
+def _check_skipping(engine: Engine, optimizer: Optimizer) -> None:
+    if engine.settings.at == "backward" and getattr(optimizer, "found_inf", None) is not None:
+        engine.warn_once(
+            "skipping",
+            "A fused optimizer decides on the device whether it skips a step, after decoupled decay in the backward "
+            "has changed the parameters: they shrink for a skipped step too.\n"
+            f"  optimizer: {type(optimizer).__name__}\n"
+            '  Use attach(..., at="step")',
+        )
 
 
 def _double_decay(optimizer: Optimizer, index: int, group: Mapping[str, Any], pair: Pair) -> DoubleDecayError:
@@ -96,8 +121,8 @@ def _check_strays(engine: Engine, view: View) -> None:
 def _check_copies(engine: Engine, optimizer: Optimizer) -> None:
     """An optimizer that owns nothing of ours may step copies: then decay at the step changes nothing.
 
-    Told by the size of what it steps: the model's, to the element. (An optimizer that was given to `attach`
-    and owns nothing needs no such guess.)
+    Told by content: copies start with the values of the parameters. (An optimizer that was given to `attach`
+    and owns nothing needs no such proof.)
     """
     settings = engine.settings
     if engine.was_owned or (settings.mode == "coupled" and settings.at == "backward"):
@@ -105,10 +130,32 @@ def _check_copies(engine: Engine, optimizer: Optimizer) -> None:
     waiting = next(_waiting(engine), None)
     if waiting is None:
         return
-    stepped = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    trained = sum(p.numel() for _, p in engine.parameters() if p.requires_grad)
-    if engine.was_given(optimizer) or stepped == trained:
+    steps = (p for group in optimizer.param_groups for p in group["params"])
+    if engine.was_given(optimizer) or any(_is_copy(p, waiting[1]) for p in steps):
         raise _master_weights(*waiting, type(optimizer).__name__)
+    engine.foreign_steps += 1
+    if engine.foreign_steps == _PATIENCE:
+        engine.warn_once(
+            "unowned",
+            f"{_PATIENCE} optimizer steps were heard while a decayed parameter had a gradient, and none of the "
+            "optimizers owns a decayed parameter. If they step copies (master weights), decay at the step is lost.\n"
+            f"  parameter: {waiting[0]}\n  last optimizer: {type(optimizer).__name__}\n"
+            '  Use mode="coupled" with at="backward", or give the optimizer: attach(..., optimizer=optimizer)',
+        )
+
+
+_PATIENCE = 20  # steps; the critic of a GAN takes five or so before the generator's first
+
+
+def _is_copy(stepped: Tensor, param: Tensor) -> bool:
+    """Whether `stepped` is a copy of `param`, or a flat buffer that begins with one. Synchronises."""
+    flat = stepped.ndim == 1 and stepped.numel() >= param.numel()
+    if not (flat or stepped.shape == param.shape) or stepped is param or hasattr(param, "to_local"):
+        return False
+    head, values = stepped.detach().flatten()[: param.numel()], param.detach().flatten()
+    # Not to the last bit: decay in the backward has shrunk the parameter already, by much less than a quarter.
+    same = torch.isclose(head.to(values.device, values.dtype), values, rtol=0.25, atol=0.0).all()
+    return bool(same & values.any())  # zeros are equal by chance
 
 
 def _waiting(engine: Engine) -> Iterator[tuple[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from types import CodeType, FrameType
 from typing import Any
 
@@ -117,7 +118,7 @@ def stepping_scaler() -> Any | None:
 
     A scaler leaves no trace on an optimizer that it has un-scaled, so the call stack is the only witness.
     """
-    for code, frame in _callers():
+    for code, frame in islice(_callers(), 16):  # the optimizer's wrapper, and at most a few of a framework
         if code is _GradScaler.step.__code__:
             # Only now: asking any frame for its locals makes it keep them alive.
             scaler = frame.f_locals["self"]

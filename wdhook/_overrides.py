@@ -30,9 +30,12 @@ class Candidate(NamedTuple):
 
 
 def apply_overrides(
-    candidates: Sequence[Candidate], overrides: Overrides, weight_decay: float
+    candidates: Sequence[Candidate], overrides: Overrides, weight_decay: float, strict: bool
 ) -> Iterator[tuple[str, float | None, str]]:
     """Yield (parameter name, λ or None for "as given", reason) in order: the last one wins.
+
+    Args:
+        strict: whether a selector has to match something; not so in a model that changed since.
 
     Raises:
         ArgumentError: a selector or its λ has no meaning.
@@ -47,7 +50,7 @@ def apply_overrides(
         matches, label = _matcher(selector)
         λ = None if given is True else check_weight_decay(given or 0.0, f"overrides[{label}]")
         names = dict.fromkeys(c.name for c in candidates if matches(c))
-        if not names:
+        if strict and not names:
             raise SelectorError(_nothing_matches(label, candidates))
         yield from ((name, λ, f"override {label}") for name in names)
 

@@ -225,13 +225,20 @@ def plan(
     >>> {name: decision.weight_decay for name, decision in plan.items()}
     {'weight': 0.0001, 'bias': 0.0}
     """
+    return decide(model, weight_decay, overrides, recipe, strict=True)
+
+
+def decide(
+    model: nn.Module, weight_decay: float, overrides: Overrides | None, recipe: str | None, strict: bool
+) -> Plan:
+    """`plan`, where with `strict` False a selector may match nothing: the model was planned before, and changed."""
     value = check_weight_decay(weight_decay)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"`model` must be a torch.nn.Module.\n  got: {type(model).__name__}")
     decisions = _follow_recipe(model, recipe, value) if recipe is not None else _follow_roles(model, value)
     if overrides is not None:
         candidates = list(_candidates(model, decisions))
-        for name, given, reason in apply_overrides(candidates, overrides, value):
+        for name, given, reason in apply_overrides(candidates, overrides, value, strict):
             decisions[name] = replace(
                 decisions[name],
                 weight_decay=value if given is None else given,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -42,6 +43,9 @@ def end(engine: Engine, optimizer: Optimizer) -> None:
     if view is not None and view.has_entries():
         view.owner.steps += 1
         engine.steps += 1
+        for bucket in chain.from_iterable(view.buckets):
+            for _, entry in bucket:
+                entry.buffer = None  # torch.utils.swap_tensors refuses gradients with weak references
 
 
 def decay(engine: Engine, optimizer: Optimizer, view: View, evaluated: bool) -> None:

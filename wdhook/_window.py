@@ -79,7 +79,8 @@ class Window:
         if marked is not grad:
             return _is_sum(grad)
         changes, self.version = grad._version - self.version, grad._version
-        return True if changes <= 1 else None  # autograd's accumulation is one change
+        # Autograd's own accumulation is one change, FSDP2's (to the local part of a DTensor) is none.
+        return True if changes <= (0 if hasattr(grad, "to_local") else 1) else None
 
     def was_touched(self, grad: Tensor) -> bool:
         """Whether the marked buffer is still in place but was changed since it was looked at."""
