@@ -36,11 +36,11 @@ def build(library: str, name: str) -> nn.Module:
         warnings.simplefilter("ignore")
         try:
             return BUILDERS[library](name)
-        except UnknownName:
+        except UnknownNameError:
             pytest.skip(f"this version of {library} has no {name}")
 
 
-class UnknownName(LookupError):
+class UnknownNameError(LookupError):
     """The installed version does not have that architecture."""
 
 
@@ -52,7 +52,7 @@ def _torchvision(name: str) -> nn.Module:
     import torchvision
 
     if name not in torchvision.models.list_models():
-        raise UnknownName(name)
+        raise UnknownNameError(name)
     takes = inspect.signature(torchvision.models.get_model_builder(name)).parameters
     options: dict[str, Any] = {key: None for key in ("weights", "weights_backbone") if key in takes}
     if name in ("googlenet", "inception_v3"):
@@ -67,7 +67,7 @@ def _timm(name: str) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
-        raise UnknownName(name)
+        raise UnknownNameError(name)
     model: nn.Module = timm.create_model(name, pretrained=False)
     return model
 
@@ -77,7 +77,7 @@ def _transformers(name: str) -> nn.Module:
 
     kind = getattr(transformers, name, None)
     if kind is None or type(kind).__name__ == "DummyObject":
-        raise UnknownName(name)
+        raise UnknownNameError(name)
     config = kind.config_class()
     config._attn_implementation = "eager"
     model: nn.Module = kind(config)

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from architectures import build
 from torch import nn
 
 import wdhook
+from wdhook._recipes import RECIPES
 
 HERE = Path(__file__).parent
 
@@ -121,7 +122,7 @@ def test_plan_changes_no_number() -> None:
     )
     values = copy.deepcopy(model.state_dict())
     before = snapshot(model)
-    for recipe in (None, *wdhook._recipes.RECIPES):
+    for recipe in (None, *RECIPES):
         wdhook.plan(model, 1.0, recipe=recipe)
     assert_same(snapshot(model), before)
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
@@ -150,12 +151,14 @@ def assert_same(after: dict[str, Any], before: dict[str, Any]) -> None:
 
 def test_the_snapshot_sees_changes() -> None:
     """The purity check can fail: a flag, an attribute and a value each show."""
-    for change in (
+    changes: list[Callable[[nn.Linear], object]] = [
         lambda m: m.weight.requires_grad_(False),
         lambda m: setattr(m.weight, "mark", 1),
-        lambda m: m.weight.data.add_(1) and m.weight.detach().add_(1),
+        lambda m: m.weight.detach().add_(1),
         lambda m: setattr(m, "mark", 1),
-    ):
+        lambda m: m.weight.register_post_accumulate_grad_hook(lambda p: None),
+    ]
+    for change in changes:
         model = nn.Linear(2, 2)
         before = snapshot(model)
         change(model)

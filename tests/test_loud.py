@@ -474,7 +474,6 @@ def test_a_scaler_that_was_not_given() -> None:
         quiet.step(optimizer)
 
 
-@pytest.mark.parametrize("at", ["backward", "step"])
 @needs_scaler
 def test_a_scaler_that_comes_later() -> None:
     """Scaling that starts in mid-training is caught at its first step."""
@@ -513,6 +512,7 @@ def test_a_fused_step_that_may_be_skipped() -> None:
             scaler.step(optimizer)
 
 
+@pytest.mark.parametrize("at", ["backward", "step"])
 def test_an_lr_that_is_not_there(at: str) -> None:
     """lr=None is named, with `lr=`; at the step where the optimizer was not given."""
     model = plain()
