@@ -225,6 +225,16 @@ def test_the_table_folds_two_numbers() -> None:
     assert "0.weight " in table
 
 
+def test_the_table_keeps_the_order_of_the_model() -> None:
+    """A folded run stands where its first member stands, also if an earlier layer has the same shape elsewhere."""
+    model = nn.ModuleList([nn.ModuleList([nn.Linear(4, 2), nn.Linear(2, 4)]), nn.Linear(3, 3), nn.Linear(3, 2)])
+    rows = [line.split()[0] for line in str(wdhook.plan(model, 0.5)).splitlines()[4:10]]
+    assert rows == ["0.0.weight", "0.0.bias", "0.1.weight", "0.1.bias", "1.weight", "1.bias"]
+    unequal = nn.ModuleList([nn.ModuleList([nn.Linear(2, w), nn.Linear(w, 2)]) for w in (4, 2, 2)])
+    rows = [line.split()[0] for line in str(wdhook.plan(unequal, 0.5)).splitlines()[4:10]]
+    assert rows == ["0.0.weight", "0.0.bias", "0.1.weight", "0.1.bias", "1-2.0-1.weight", "1-2.0-1.bias"]
+
+
 def test_the_table_adds_up() -> None:
     """Totals by role, and what is decayed of all; 300 parameters stay readable."""
     model = nn.Sequential(*[nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)) for _ in range(75)])

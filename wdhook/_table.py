@@ -42,7 +42,7 @@ def diff_table(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) -> 
     return "\n".join([head, "", *_aligned(rows)]) if pairs else head
 
 
-def fold(decisions: Iterable[Decision]) -> list[tuple[str, Decision]]:
+def fold(decisions: Sequence[Decision]) -> list[tuple[str, Decision]]:
     """Join decisions that differ only in the numbers of their names.
 
     Returns:
@@ -54,9 +54,9 @@ def fold(decisions: Iterable[Decision]) -> list[tuple[str, Decision]]:
         reason = _NUMBER.sub("#", d.reason)
         key = (_NUMBER.sub("#", d.name), d.shape, d.role, d.weight_decay, reason, d.guess)
         groups.setdefault(key, []).append((index, d))
-    return [
-        (_label(d.name, index), d) for members in groups.values() for index, d in _joined(members, len(members[0][0]))
-    ]
+    place = {id(d): i for i, d in enumerate(decisions)}
+    runs = [run for members in groups.values() for run in _joined(members, len(members[0][0]))]
+    return [(_label(d.name, index), d) for index, d in sorted(runs, key=lambda run: place[id(run[1])])]
 
 
 def _joined(members: list[tuple[Index, Decision]], depth: int) -> list[tuple[Index, Decision]]:
