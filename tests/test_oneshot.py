@@ -54,7 +54,7 @@ def test_maximize_turns_the_sign() -> None:
     """With the optimizer given, a gradient that will be negated gets the decay with the other sign."""
     model = nn.Linear(2, 1, bias=False)
     model(torch.zeros(1, 2)).sum().backward()
-    wdhook.apply_weight_decay(model, weight_decay=0.5, optimizer=SGD(model.parameters(), maximize=True))
+    wdhook.apply_weight_decay(model, weight_decay=0.5, optimizer=SGD(model.parameters(), lr=LR, maximize=True))
     assert torch.equal(model.weight.grad, -0.5 * model.weight)
 
 

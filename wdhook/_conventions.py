@@ -1,6 +1,6 @@
-"""The marks that other projects leave on modules and parameters, read and never written.
+"""The marks that people leave on modules and parameters, read and never written.
 
-Two kinds of mark exist: *how much* (exempt, or a weight decay of its own) and *what for* (a role). Each is
+They are those of other projects, and one of ours that needs no import of wdhook: `wdhook_role`. Two kinds of mark exist: *how much* (exempt, or a weight decay of its own) and *what for* (a role). Each is
 kept with the words that a report prints as its reason.
 """
 
@@ -15,11 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._errors import ArgumentError
+from ._role_names import Role
+
 WRAPPER_PREFIX = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What DDP, torch.compile, FSDP and activation checkpointing insert into parameter names."""
 
 _EXEMPT_FLAGS = ("_no_weight_decay", "no_weight_decay", "skip_weight_decay")
 _MODULE_ATTRIBUTES = ("no_weight_decay", "no_weight_decay_keywords")
+_ROLES = tuple(role.value for role in Role)
 _EMBEDDING_FLAGS = ("is_embedding_parameter", "shared_embedding", "is_embedding_or_output_parameter")
 
 
@@ -47,6 +51,34 @@ def parameter_mark(parameter: torch.Tensor) -> tuple[float, str] | None:
 def embedding_mark(parameter: torch.Tensor) -> str | None:
     """The Megatron flag that calls this parameter an embedding, if there is one."""
     return next((flag for flag in _EMBEDDING_FLAGS if _is_true(getattr(parameter, flag, None))), None)
+
+
+def role_mark(module: nn.Module, local: str, container: str) -> Role | None:
+    """The role that `module.wdhook_role` gives to a parameter of its own, if it speaks of it.
+
+    It is a role, or a mapping from local names to roles; a parameter in a container goes by the container's
+    name too. Set on a class, it holds for sub-classes; None takes it back.
+
+    Raises:
+        ArgumentError: it is something else, or names no role.
+    """
+    said = _attribute(module, "wdhook_role")
+    if said is None:
+        return None
+    if isinstance(said, Mapping):
+        roles = {name: _role(role, module) for name, role in said.items()}
+        return roles.get(local, roles.get(container))
+    return _role(said, module)
+
+
+def _role(said: Any, module: nn.Module) -> Role:
+    if isinstance(said, str) and said in _ROLES:
+        return Role(said)
+    kind = type(module).__name__
+    raise ArgumentError(
+        f"`wdhook_role` names no role.\n  module: {kind}\n  got: {said!r}\n  roles: {', '.join(_ROLES)}\n"
+        f'  Give one of them, or one for each name: {kind}.wdhook_role = {{"weight": "norm"}}'
+    )
 
 
 def module_marks(modules: Mapping[str, nn.Module], names: Iterable[str]) -> dict[str, str]:

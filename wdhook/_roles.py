@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from wdhook._conventions import embedding_mark, is_plain, module_marks, parameter_mark
+from wdhook._conventions import embedding_mark, is_plain, module_marks, parameter_mark, role_mark
 from wdhook._role_names import Family, Hint, Role, family_of, may_hold_weight, meaning_of
 
 __all__ = ["DECAYED_ROLES", "Role", "Verdict", "classify"]
@@ -129,15 +129,16 @@ class _Reader:
         if isinstance(module, ParametrizationList):
             return self._parametrized(path, local, shape)
         if isinstance(module, _PARAMETER_CONTAINERS):
-            module, local = self._holder(path, local)
-        return self._decide(module, local, shape)
+            return self._decide(*self._holder(path, local), shape)
+        return self._decide(module, local, local, shape)
 
-    def _holder(self, path: str, local: str) -> tuple[nn.Module, str]:
-        """The module around a container, and the entry named after the container: `lora_A_default`."""
+    def _holder(self, path: str, local: str) -> tuple[nn.Module, str, str]:
+        """The module around a container, the entry named after it (`lora_A_default`), the container's name."""
+        name = local
         while path and isinstance(self._modules[path], _CONTAINERS):
             path, _, name = path.rpartition(".")
             local = name if local.isdigit() else f"{name}_{local}"
-        return self._modules[path], local
+        return self._modules[path], local, name
 
     def _parametrized(self, path: str, local: str, shape: Shape) -> Verdict:
         """`parametrizations.weight.original1` is the weight; the magnitude of a weight norm is a scale."""
@@ -145,9 +146,12 @@ class _Reader:
         kinds = "".join(type(part).__name__ for part in self._modules[path].children()).lower()
         if local == "original0" and ("weightnorm" in kinds or _vectorlike(shape)):
             return Verdict(Role.SCALE, "magnitude of a weight norm")
-        return self._decide(self._modules[home.removesuffix(".")], tensor, shape)
+        return self._decide(self._modules[home.removesuffix(".")], tensor, tensor, shape)
 
-    def _decide(self, owner: nn.Module, local: str, shape: Shape) -> Verdict:
+    def _decide(self, owner: nn.Module, local: str, container: str, shape: Shape) -> Verdict:
+        marked = role_mark(owner, local, container)
+        if marked is not None:
+            return Verdict(marked, f"marked wdhook_role in {_class_name(owner)}")
         scripted = _class_name(owner) if isinstance(owner, torch.jit.ScriptModule) else None
         children = tuple(map(type, owner._modules.values())) if len(owner._modules) else None
         place = (type(owner), scripted, local, shape, tuple(owner._parameters.keys()), children)
