@@ -207,6 +207,34 @@ def test_a_step_within_a_step_decays_once(at: str) -> None:
     assert_bit_equal(model.state_dict(), twin.state_dict())
 
 
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("at", ["backward", "step"])
+def test_a_gradient_that_is_stepped_twice(at: str, clip: bool) -> None:
+    """Two steps on one gradient (two optimizers, say) read the decay that is in it: once, not twice."""
+    model, twin = twins(perceptron())
+
+    def play(m: nn.Module, penalised: bool) -> None:
+        one, two = SGD(m.parameters(), lr=LR), torch.optim.Adam(m.parameters(), lr=0.01)
+        for batch in batches(m, 4):
+            zero(m, to_none=True)
+            loss_of(m, batch).backward()
+            for weight in weights(m) if penalised and not clipped_first else ():
+                weight.grad.add_(weight.detach(), alpha=λ)
+            if clip:
+                nn.utils.clip_grad_norm_(m.parameters(), 0.05)
+            for weight in weights(m) if penalised and clipped_first else ():
+                weight.grad.add_(weight.detach(), alpha=λ)
+            one.step()
+            two.step()
+            one.step()
+
+    clipped_first = at == "step"
+    with wdhook.attach(model, λ, at=at):
+        play(model, penalised=False)
+    play(twin, penalised=True)
+    assert_bit_equal(model.state_dict(), twin.state_dict())
+
+
 def test_a_step_that_raised_does_not_cost_the_next_its_decay() -> None:
     """After an exception in a step the next gradients are decayed; the same gradients, tried again, are not twice."""
 

@@ -1,7 +1,8 @@
 """The marks that people leave on modules and parameters, read and never written.
 
-They are those of other projects, and one of ours that needs no import of wdhook: `wdhook_role`. Two kinds of mark exist: *how much* (exempt, or a weight decay of its own) and *what for* (a role). Each is
-kept with the words that a report prints as its reason.
+They are those of other projects, and `wdhook_role`, which a library can set without importing wdhook. Two kinds
+of mark exist: *how much* (exempt, or a weight decay of its own) and *what for* (a role). Each is kept with the
+words that a report prints as its reason.
 """
 
 from __future__ import annotations
@@ -53,6 +54,15 @@ def embedding_mark(parameter: torch.Tensor) -> str | None:
     return next((flag for flag in _EMBEDDING_FLAGS if _is_true(getattr(parameter, flag, None))), None)
 
 
+def kinds_with(names: Iterable[str], modules: Iterable[nn.Module]) -> set[type[nn.Module]]:
+    """The classes whose modules can have such an attribute without one of their own in `__dict__`.
+
+    Asked once for each class, because `nn.Module.__getattr__` is slow where there is nothing to find.
+    """
+    kinds = {type(module) for module in modules}
+    return {k for k in kinds if issubclass(k, torch.jit.ScriptModule) or any(hasattr(k, name) for name in names)}
+
+
 def role_mark(module: nn.Module, local: str, container: str) -> Role | None:
     """The role that `module.wdhook_role` gives to a parameter of its own, if it speaks of it.
 
@@ -62,7 +72,7 @@ def role_mark(module: nn.Module, local: str, container: str) -> Role | None:
     Raises:
         ArgumentError: it is something else, or names no role.
     """
-    said = _attribute(module, "wdhook_role")
+    said = getattr(module, "wdhook_role", None)
     if said is None:
         return None
     if isinstance(said, Mapping):
@@ -83,7 +93,13 @@ def _role(said: Any, module: nn.Module) -> Role:
 
 def module_marks(modules: Mapping[str, nn.Module], names: Iterable[str]) -> dict[str, str]:
     """Parameter name -> reason, for every name that some module of the model lists or flags as exempt."""
-    rules = [rule for path, module in modules.items() for rule in _rules(path, module)]
+    listing = kinds_with(_MODULE_ATTRIBUTES, modules.values())
+    rules = [
+        rule
+        for path, module in modules.items()
+        if type(module) in listing or not module.__dict__.keys().isdisjoint(_MODULE_ATTRIBUTES)
+        for rule in _rules(path, module)
+    ]
     if not rules:
         return {}
     ordered = sorted((bare_name(name), name) for name in names)

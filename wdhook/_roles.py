@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from wdhook._conventions import embedding_mark, is_plain, module_marks, parameter_mark, role_mark
+from wdhook._conventions import embedding_mark, is_plain, kinds_with, module_marks, parameter_mark, role_mark
 from wdhook._role_names import Family, Hint, Role, family_of, may_hold_weight, meaning_of
 
 __all__ = ["DECAYED_ROLES", "Role", "Verdict", "classify"]
@@ -62,16 +62,23 @@ def classify(model: nn.Module) -> dict[str, Verdict]:
     A parameter with several owners has one entry. It is exempt if any owner or mark says so, because a bias
     or a scale stays one when it is shared; an embedding that is also the output layer is decayed, once.
     """
+    return {name: verdict for name, _, verdict in classified(model)}
+
+
+def classified(model: nn.Module) -> list[tuple[str, torch.Tensor, Verdict]]:
+    """What `classify` says, with the parameter itself: (name, parameter, verdict)."""
     modules = dict(model.named_modules())
     listed = module_marks(modules, (name for name, *_ in _seats(modules)))
     reader = _Reader(modules)
-    found: dict[torch.Tensor, Verdict] = {}  # keeps what scripted modules hand out alive
+    found: dict[int, tuple[str, torch.Tensor, Verdict]] = {}  # keeps what scripted modules hand out alive
     for name, path, local, parameter in _seats(modules):
         verdict = _marked(reader.read(path, local, parameter), parameter, listed.get(name))
-        known = found.setdefault(parameter, verdict)
+        first, _, known = found.setdefault(id(parameter), (name, parameter, verdict))
         if known is not verdict and known.decayed and not verdict.decayed:
-            found[parameter] = verdict
-    return {name: found[parameter] for name, parameter in model.named_parameters()}
+            found[id(parameter)] = first, parameter, verdict
+    if type(model).named_parameters is nn.Module.named_parameters:
+        return list(found.values())
+    return [(name, parameter, found[id(parameter)][2]) for name, parameter in model.named_parameters()]
 
 
 def _seats(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str, str, torch.Tensor]]:
@@ -84,11 +91,11 @@ def _seats(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str, str, torch
 
 def _marked(verdict: Verdict, parameter: torch.Tensor, listed: str | None) -> Verdict:
     """The verdict after the explicit marks, which outrank all other evidence."""
+    if listed is None and is_plain(parameter) and parameter.is_floating_point():
+        return verdict  # most parameters: the rest of this function is slow
     packed = _packed(parameter)
     if packed:
         return packed
-    if listed is None and is_plain(parameter):
-        return verdict
     flag = embedding_mark(parameter)
     if flag and verdict.decayed:
         verdict = Verdict(Role.EMBEDDING, f"marked {flag}")
@@ -122,6 +129,7 @@ class _Reader:
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         self._modules = modules
         self._known: dict[Hashable, Verdict | None] = {}
+        self._with_role = kinds_with(("wdhook_role",), modules.values())
 
     def read(self, path: str, local: str, parameter: torch.Tensor) -> Verdict:
         """The verdict by type, name, structure and shape, in this order."""
@@ -149,9 +157,10 @@ class _Reader:
         return self._decide(self._modules[home.removesuffix(".")], tensor, tensor, shape)
 
     def _decide(self, owner: nn.Module, local: str, container: str, shape: Shape) -> Verdict:
-        marked = role_mark(owner, local, container)
-        if marked is not None:
-            return Verdict(marked, f"marked wdhook_role in {_class_name(owner)}")
+        if type(owner) in self._with_role or "wdhook_role" in owner.__dict__:
+            marked = role_mark(owner, local, container)
+            if marked is not None:
+                return Verdict(marked, f"marked wdhook_role in {_class_name(owner)}")
         scripted = _class_name(owner) if isinstance(owner, torch.jit.ScriptModule) else None
         children = tuple(map(type, owner._modules.values())) if len(owner._modules) else None
         place = (type(owner), scripted, local, shape, tuple(owner._parameters.keys()), children)

@@ -43,9 +43,19 @@ def end(engine: Engine, optimizer: Optimizer) -> None:
     if view is not None and view.has_entries():
         view.owner.steps += 1
         engine.steps += 1
-        for bucket in chain.from_iterable(view.buckets):
+        _let_gradients_be_swapped(view)
+
+
+def _let_gradients_be_swapped(view: View) -> None:
+    """Where converting a model swaps tensors: `torch.utils.swap_tensors` refuses those with weak references."""
+    everywhere = _swaps_on_conversion()
+    for bucket in chain.from_iterable(view.buckets):
+        if everywhere or not arithmetic.is_plain(bucket[0][0]):
             for _, entry in bucket:
-                entry.buffer = None  # torch.utils.swap_tensors refuses gradients with weak references
+                entry.buffer = None
+
+
+_swaps_on_conversion = getattr(torch.__future__, "get_swap_module_params_on_conversion", bool)  # since torch 2.3
 
 
 def decay(engine: Engine, optimizer: Optimizer, view: View, evaluated: bool) -> None:
@@ -74,6 +84,7 @@ def decay(engine: Engine, optimizer: Optimizer, view: View, evaluated: bool) -> 
 def _due(engine: Engine, owner: Owner, bucket: Iterable[tuple[Tensor, Entry]], evaluated: bool) -> list[Due]:
     due = []
     hooked = engine.settings.at == "backward"
+    coupled = engine.settings.mode == "coupled"
     for param, entry in bucket:
         grad = param.grad
         if grad is None:
@@ -84,6 +95,9 @@ def _due(engine: Engine, owner: Owner, bucket: Iterable[tuple[Tensor, Entry]], e
             if _is_done(engine, grad, entry, evaluated):
                 continue
             entry.reopen()
+        elif coupled and entry.buffer is not None and entry.buffer() is grad and entry.version == grad._version:
+            entry.stamp = owner.steps  # stepped again as it is: the decay of the last step is in it still
+            continue
         if hooked and entry.handle is None:
             engine.track(entry.name, param)  # unfrozen since: from now on in its backward
         due.append((param, grad, entry))
@@ -100,7 +114,9 @@ def _is_done(engine: Engine, grad: Tensor, entry: Entry, evaluated: bool) -> boo
         # closure that ran again, or a step after one that raised, brings new gradients.
         nested = len(engine.running) > 1 and not evaluated
         return nested or (same and entry.version == grad._version)
-    if not same and not grad._is_view():
+    if same:
+        entry.version = grad._version
+    elif not grad._is_view():
         engine.warn_once(
             "replaced",
             "A gradient was replaced between its decay and the optimizer step. It is taken to be derived from "

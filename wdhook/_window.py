@@ -52,6 +52,7 @@ class Window:
     def reopen(self) -> None:
         """Forget the decay of this window: the buffer that held it was thrown away."""
         self.stamp = -1
+        self.buffer = None
         self.rows = None
 
     def move(self, owner: Owner) -> None:
