@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+import wdhook
 from wdhook._conventions import bare_name
-from wdhook._roles import Role, Verdict, classify
+from wdhook._roles import Role, Verdict, classified, classify
 
 
 class Attention(nn.Module):
@@ -184,3 +185,138 @@ def test_marks_outrank_guesses() -> None:
     assert classify(model)["u"].guess
     model.u._no_weight_decay = True
     assert not classify(model)["u"].guess
+
+
+# ------------------------------------------------------------------------------------------- wdhook_role
+
+
+class House(nn.Module):
+    """A layer of nobody's family: without a mark its matrix is decayed and its vector is a guess."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.u = nn.Parameter(torch.zeros(3, 3))
+        self.v = nn.Parameter(torch.zeros(3))
+        self.parts = nn.ParameterList([torch.zeros(3, 3)])
+        self.named = nn.ParameterDict({"a": torch.zeros(3, 3), "b": torch.zeros(3, 3)})
+        self.inner = nn.Linear(3, 3)
+
+
+@pytest.fixture
+def house_with() -> Any:
+    """Makes a module of a fresh sub-class of House that has the mark."""
+    return lambda mark: type("Mansion", (House,), {"wdhook_role": mark})()
+
+
+UNMARKED = ["weight", "other", "weight", "weight", "weight", "weight", "bias"]
+
+
+@pytest.mark.parametrize("role", [*Role, *map(str, Role)])
+def test_wdhook_role_speaks_for_a_modules_own_parameters(house_with: Any, role: Any) -> None:
+    """A role as a class attribute holds for all that the module holds itself, in containers too, not below it."""
+    verdicts = classify(house_with(role))
+    assert [str(verdict.role) for verdict in verdicts.values()] == [str(role)] * 5 + ["weight", "bias"]
+    assert verdicts["v"] == Verdict(Role(role), "marked wdhook_role in Mansion")
+
+
+@pytest.mark.parametrize(
+    ("mark", "changed"),
+    [
+        ({"u": "norm"}, {"u": "norm"}),
+        ({"v": Role.WEIGHT, "absent": "norm"}, {"v": "weight"}),
+        ({"parts": "scale"}, {"parts.0": "scale"}),
+        ({"named": "bias"}, {"named.a": "bias", "named.b": "bias"}),
+        ({"named_b": "scale", "named": "bias"}, {"named.a": "bias", "named.b": "scale"}),
+        ({"inner": "norm", "weight": "norm"}, {}),
+        ({}, {}),
+        (None, {}),
+    ],
+)
+def test_wdhook_role_for_each_name(house_with: Any, mark: Any, changed: dict[str, str]) -> None:
+    """A mapping speaks of the names that it has; the rest is decided as without it, and may be absent."""
+    expected = dict(zip(classify(House()), UNMARKED, strict=True)) | changed
+    assert {name: str(verdict.role) for name, verdict in classify(house_with(mark)).items()} == expected
+
+
+def test_wdhook_role_outranks_type_and_name() -> None:
+    """It is what the author says: a sub-class of nn.Linear may be an embedding, a `weight` a norm."""
+    table = type("Table", (nn.Linear,), {"wdhook_role": {"weight": "embedding"}})(2, 2)
+    assert [verdict.role for verdict in classify(table).values()] == [Role.EMBEDDING, Role.BIAS]
+    assert wdhook.plan(table, 0.5, overrides={Role.EMBEDDING: 0.1})["weight"].weight_decay == 0.1
+
+
+def test_wdhook_role_is_inherited_and_undone() -> None:
+    """Sub-classes have it, None in a sub-class takes it back, and so does deleting the attribute."""
+    first = type("First", (House,), {"wdhook_role": "scale"})
+    second = type("Second", (first,), {})
+    third = type("Third", (second,), {"wdhook_role": None})
+    roles = [[str(v.role) for v in classify(kind()).values()] for kind in (first, second, third)]
+    assert roles == [["scale"] * 5 + UNMARKED[5:]] * 2 + [UNMARKED]
+    del first.wdhook_role
+    assert [str(v.role) for v in classify(second()).values()] == UNMARKED
+
+
+def test_wdhook_role_on_one_module() -> None:
+    """An attribute of an instance holds for it alone, though its class has been seen."""
+    model = nn.Sequential(House(), House())
+    model[1].wdhook_role = "norm"
+    assert [str(v.role) for v in classify(model).values()] == UNMARKED + ["norm"] * 5 + UNMARKED[5:]
+    del model[1].wdhook_role
+    assert [str(v.role) for v in classify(model).values()] == UNMARKED * 2
+
+
+def test_wdhook_role_and_how_much() -> None:
+    """A mark that says how much, or that a tensor is no array of numbers, comes on top of a role."""
+    model = type("Keys", (nn.Linear,), {"wdhook_role": "weight"})(2, 2)
+    model.weight._no_weight_decay = True
+    model.bias = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    verdicts = classify(model)
+    assert verdicts["weight"] == Verdict(Role.WEIGHT, "marked _no_weight_decay", weight_decay=0.0)
+    assert verdicts["bias"].role is Role.OTHER
+
+
+def test_wdhook_role_and_parametrizations() -> None:
+    """The mark on a layer still holds when its weight is parametrized; a magnitude stays a scale."""
+    layer = type("Table", (nn.Linear,), {"wdhook_role": {"weight": "embedding"}})(2, 2)
+    nn.utils.parametrizations.weight_norm(layer)
+    assert [str(v.role) for v in classify(layer).values()] == ["bias", "scale", "embedding"]
+
+
+@pytest.mark.parametrize("mark", ["nrom", "", "NORM", 3, True, ["norm"], {"u": "nrom"}, {"absent": 0}])
+def test_an_unknown_wdhook_role_is_loud(house_with: Any, mark: Any) -> None:
+    """What is no role is an error with the module, what it got, and the roles that there are."""
+    with pytest.raises(wdhook.ArgumentError) as caught:
+        wdhook.plan(nn.Sequential(house_with(mark)), 1.0)
+    got = next(iter(mark.values())) if isinstance(mark, dict) else mark
+    for part in (
+        "`wdhook_role`",
+        "module: Mansion",
+        f"got: {got!r}",
+        "weight, embedding, bias",
+        "Mansion.wdhook_role =",
+    ):
+        assert part in str(caught.value)
+
+
+def test_classified_gives_the_parameters() -> None:
+    """The same verdicts in the same order, with the model's own tensors, each once."""
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 4), "tail": nn.Linear(4, 4)})
+    model["tail"].weight = model["embed"].weight
+    found = classified(model)
+    assert {name: verdict for name, _, verdict in found} == classify(model)
+    assert [(name, id(p)) for name, p, _ in found] == [(name, id(p)) for name, p in model.named_parameters()]
+
+
+def test_a_model_may_name_its_parameters_itself() -> None:
+    """Names and order are those of the model's own `named_parameters`, where it has one."""
+
+    class Own(nn.Linear):
+        """Strips and reverses, as wrappers do."""
+
+        def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+            return reversed([(f"own_{name}", p) for name, p in super().named_parameters(*args, **kwargs)])
+
+    assert {name: str(verdict.role) for name, verdict in classify(Own(2, 2)).items()} == {
+        "own_bias": "bias",
+        "own_weight": "weight",
+    }

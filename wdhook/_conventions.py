@@ -54,7 +54,7 @@ def embedding_mark(parameter: torch.Tensor) -> str | None:
     return next((flag for flag in _EMBEDDING_FLAGS if _is_true(getattr(parameter, flag, None))), None)
 
 
-def kinds_with(names: Iterable[str], modules: Iterable[nn.Module]) -> set[type[nn.Module]]:
+def kinds_with(names: tuple[str, ...], modules: Iterable[nn.Module]) -> set[type[nn.Module]]:
     """The classes whose modules can have such an attribute without one of their own in `__dict__`.
 
     Asked once for each class, because `nn.Module.__getattr__` is slow where there is nothing to find.

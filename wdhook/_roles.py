@@ -164,14 +164,16 @@ class _Reader:
         scripted = _class_name(owner) if isinstance(owner, torch.jit.ScriptModule) else None
         children = tuple(map(type, owner._modules.values())) if len(owner._modules) else None
         place = (type(owner), scripted, local, shape, tuple(owner._parameters.keys()), children)
-        if place not in self._known:
-            self._known[place] = (
+        try:
+            known = self._known[place]
+        except KeyError:
+            known = self._known[place] = (
                 _by_reparametrization(owner, local)
                 or _by_torch_type(owner, local)
                 or _by_family(owner, local, shape)
                 or _by_name(local, shape)
             )
-        return self._known[place] or _by_structure(owner) or _by_shape(shape)
+        return known or _by_structure(owner) or _by_shape(shape)
 
 
 def _family(owner: nn.Module, kind: str) -> Family | None:
