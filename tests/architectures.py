@@ -30,14 +30,19 @@ TORCH: dict[str, Callable[[], nn.Module]] = {
 
 def build(library: str, name: str) -> nn.Module:
     """The architecture of that name; skips the test where its library, or the name in it, is absent."""
+    try:
+        return make(library, name)
+    except UnknownNameError:
+        pytest.skip(f"this version of {library} has no {name}")
+
+
+def make(library: str, name: str) -> nn.Module:
+    """The architecture of that name; skips the test where its library is absent."""
     if library != "torch":
         pytest.importorskip(library, exc_type=ImportError)
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        try:
-            return BUILDERS[library](name)
-        except UnknownNameError:
-            pytest.skip(f"this version of {library} has no {name}")
+        return BUILDERS[library](name)
 
 
 class UnknownNameError(LookupError):

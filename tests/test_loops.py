@@ -461,6 +461,22 @@ def test_a_model_that_changed_needs_no_match_for_its_overrides(at: str) -> None:
 
 
 @pytest.mark.parametrize("at", ["backward", "step"])
+def test_an_exemption_survives_a_parametrization(at: str) -> None:
+    """A weight that was exempt, or has an absolute λ, keeps that when a parametrization renames it."""
+    model = perceptron()
+    with wdhook.attach(model, λ, at=at, overrides={"0.weight": 0.0, "3.weight": 0.25}) as handle:
+        for layer in (0, 3, 5):
+            nn.utils.parametrizations.weight_norm(model[layer])
+        train(model, SGD(model.parameters(), lr=LR), batches(model, 2))
+        λs = {n: d.weight_decay for n, d in handle.plan.items() if "original" in n}
+    assert λs == {
+        f"{layer}.parametrizations.weight.original{i}": value if i else 0.0
+        for layer, value in ((0, 0.0), (3, 0.25), (5, λ))
+        for i in (0, 1)
+    }
+
+
+@pytest.mark.parametrize("at", ["backward", "step"])
 def test_gradients_assigned_by_hand(at: str) -> None:
     """A gradient that no backward pass made is decayed at the step."""
     model = nn.Linear(3, 2)

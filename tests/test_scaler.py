@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from twins import LR, assert_bit_equal, batches, loss_of, needs_scaler, own_groups, perceptron, twins, zero, λ
+from twins import LR, assert_bit_equal, batches, loss_of, needs_scaler, own_groups, perceptron, twins, weights, zero, λ
 
 import wdhook
 
@@ -89,6 +89,22 @@ def test_the_fused_test_can_fail() -> None:
     play(model, SGD(model.parameters(), lr=LR, fused=True), torch.amp.GradScaler("cpu"), **loop)
     play(twin, SGD(own_groups(twin), lr=LR), torch.amp.GradScaler("cpu"), **loop)
     assert (model[0].weight - twin[0].weight).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_decoupled_in_the_backward_once_per_step_that_is_taken(fused: bool) -> None:
+    """A step that overflowed does not end the window: parameters shrink once for the step that comes after it."""
+    model = perceptron()
+    before = [w.detach().clone() for w in weights(model)]
+    optimizer = SGD(model.parameters(), lr=LR, fused=fused)
+    scaler = torch.amp.GradScaler("cpu")
+    with wdhook.attach(model, λ, mode="decoupled", optimizer=optimizer), pytest.warns(wdhook.WdhookWarning):
+        for factor in (float("inf"), 0.0):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, batches(model, 1)[0]) * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert all(torch.equal(w, b * (1 - LR * λ)) for w, b in zip(weights(model), before, strict=True))
 
 
 def test_no_decay_of_a_step_that_overflowed() -> None:

@@ -56,6 +56,15 @@ def _silence() -> object:
     return contextlib.nullcontext()
 
 
+def test_sparse_and_then_dense() -> None:
+    """Autograd adds a dense gradient to a sparse one in a new buffer, which looks fresh: a warning says so."""
+    model = table()
+    with wdhook.attach(model, λ):
+        model(torch.tensor([1])).sum().backward()
+        with pytest.warns(wdhook.WdhookWarning, match=r"sparse gradient and then a dense one[\s\S]*weight"):
+            model.weight.sum().backward()
+
+
 def test_sparse_adam() -> None:
     """SparseAdam, which has no decay of its own, gets one."""
     model, twin = twins(table())

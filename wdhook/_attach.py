@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ._engine import Engine
 from ._errors import AlreadyAttachedError, ArgumentError, LearningRateError
 from ._listener import attached, listen
-from ._numbers import check_weight_decay, is_number
+from ._numbers import check_factor, is_number
 from ._optimizers import LearningRate, check_supports_decoupled, learning_rate, own_mode
 from ._overrides import Overrides
 from ._plan import Plan, decide, plan, require_eligible
@@ -83,7 +83,7 @@ class WeightDecay:
 
     @weight_decay.setter
     def weight_decay(self, value: float) -> None:
-        new = check_weight_decay(value)
+        new = check_factor(value)
         if self._engine is None:
             self._plan = self._plan.scaled_to(new)
         else:
@@ -311,7 +311,9 @@ def _optimizers(given: Optimizers | None) -> tuple[Any, ...]:
 
 
 def _check_lr(mode: str, at: str, optimizers: tuple[Any, ...], lr: LearningRate | None) -> None:
-    if lr is not None and not (callable(lr) or is_number(lr) or isinstance(lr, Tensor)):
+    if is_number(lr):
+        check_factor(lr, "lr")
+    elif lr is not None and not (callable(lr) or isinstance(lr, Tensor)):
         raise ArgumentError(f"`lr` must be a number or a function of a param group.\n  got: {lr!r}")
     if mode == "coupled":
         if lr is not None:

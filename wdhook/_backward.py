@@ -57,6 +57,8 @@ def _coupled_hook(engine: Engine, entry: Entry) -> Hook:
             if held is None:
                 held = not witness.says_zeroed(engine, entry, grad)
             if not held:
+                if entry.rows is not None and not grad.is_sparse:
+                    _warn_of_mixture(engine, entry)
                 entry.reopen()
             elif not grad.is_sparse:
                 return
@@ -83,6 +85,16 @@ def _add(param: Tensor, grad: Tensor, entry: Entry, scaler: Any | None) -> None:
             entry.rows = arithmetic.add_rows_(grad, param, arithmetic.scaled(entry.alpha, scale), rows)
         else:
             arithmetic.add_(grad, param, entry.alpha, scale)
+
+
+def _warn_of_mixture(engine: Engine, entry: Entry) -> None:
+    engine.warn_once(
+        "mixture",
+        "A parameter got a sparse gradient and then a dense one before the optimizer stepped: rows of the first are "
+        "decayed twice, unless it was zeroed in between.\n"
+        f"  parameter: {entry.name}\n"
+        '  Use attach(..., at="step")',
+    )
 
 
 def _decoupled_hook(engine: Engine, entry: Entry) -> Hook:

@@ -167,7 +167,9 @@ class Engine:
             known = name if name in self._plan else bare if bare in self._plan else None
             if known is None and model is not None:
                 newer = self.settings.replan(model, self._plan.weight_decay).values()
-                self._plan = self._plan.extended(d for d in newer if bare_name(d.name) not in self._plan)
+                self._plan = self._plan.extended(
+                    self._plan.inherited(d) for d in newer if bare_name(d.name) not in self._plan
+                )
                 known = name
             if known is not None:
                 found[id(param)] = known

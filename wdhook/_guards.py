@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._errors import DoubleDecayError, LossScaleError, MasterWeightsError, UnsupportedOptimizerError
+from ._numbers import is_number
 from ._optimizers import check_supports_decoupled, learning_rate, stepping_scaler
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def check_step(engine: Engine, optimizer: Optimizer, view: View, claimed: bool) 
     settings = engine.settings
     if not view.has_entries():
         if not (view.wraps or claimed):
-            _check_copies(engine, optimizer)
+            _check_copies(engine, optimizer, view)
         return
     for index, (group, buckets) in enumerate(zip(optimizer.param_groups, view.buckets, strict=True)):
         active = next((bucket[0] for bucket in buckets if bucket[0][1].alpha), None)
@@ -42,7 +44,6 @@ def check_step(engine: Engine, optimizer: Optimizer, view: View, claimed: bool) 
                 learning_rate(group, None)
     if settings.mode != "coupled":
         _check_strays(engine, view)
-        _check_skipping(engine, optimizer)
     elif settings.at == "backward":
         _check_loss_scale(engine, optimizer)
         _check_sign(optimizer, view)
@@ -64,13 +65,13 @@ def _check_loss_scale(engine: Engine, optimizer: Optimizer) -> None:
             f"  optimizer: {type(optimizer).__name__}\n"
             '  Use attach(..., scaler=scaler), or attach(..., at="step")'
         )
-    if given is not None and given.is_enabled() and stepping is None:
-        engine.warn_once(
-            "unscaled",
-            "The optimizer was not stepped by the GradScaler that `attach` was given. If the loss was not scaled, the "
-            "decay in the gradients is too strong by the factor of the scale.\n"
+    if given is not None and given.is_enabled() and stepping is not given:
+        raise LossScaleError(
+            "The GradScaler that `attach` was given does not step the optimizer. If it did not scale the loss, the "
+            "decay in the gradients is wrong by the factor of its scale.\n"
             f"  optimizer: {type(optimizer).__name__}\n"
-            "  Use scaler.scale(loss).backward() and scaler.step(optimizer), or leave `scaler` out",
+            "  Use scaler.scale(loss).backward() and scaler.step(optimizer), or leave `scaler` out, or use "
+            'attach(..., at="step")'
         )
 
 
@@ -82,17 +83,6 @@ def _check_sign(optimizer: Optimizer, view: View) -> None:
             "that decay has the wrong sign.\n"
             f"  parameter: {name}\n  optimizer: {type(optimizer).__name__}(maximize=True)\n"
             '  Use attach(..., optimizer=optimizer), or attach(..., at="step")'
-        )
-
-
-def _check_skipping(engine: Engine, optimizer: Optimizer) -> None:
-    if engine.settings.at == "backward" and getattr(optimizer, "found_inf", None) is not None:
-        engine.warn_once(
-            "skipping",
-            "A fused optimizer decides on the device whether it skips a step, after decoupled decay in the backward "
-            "has changed the parameters: they shrink for a skipped step too.\n"
-            f"  optimizer: {type(optimizer).__name__}\n"
-            '  Use attach(..., at="step")',
         )
 
 
@@ -118,7 +108,7 @@ def _check_strays(engine: Engine, view: View) -> None:
             raise _master_weights(entry.name, param, "none of those given as `optimizer`")
 
 
-def _check_copies(engine: Engine, optimizer: Optimizer) -> None:
+def _check_copies(engine: Engine, optimizer: Optimizer, view: View) -> None:
     """An optimizer that owns nothing of ours may step copies: then decay at the step changes nothing.
 
     Told by content: copies start with the values of the parameters. (An optimizer that was given to `attach`
@@ -131,8 +121,12 @@ def _check_copies(engine: Engine, optimizer: Optimizer) -> None:
     if waiting is None:
         return
     steps = (p for group in optimizer.param_groups for p in group["params"])
-    if engine.was_given(optimizer) or any(_is_copy(p, waiting[1]) for p in steps):
+    if engine.was_given(optimizer):
         raise _master_weights(*waiting, type(optimizer).__name__)
+    if not view.cleared:
+        if any(_is_copy(p, waiting[1]) and not _is_of_a_module(p) for p in steps):
+            raise _master_weights(*waiting, type(optimizer).__name__)
+        view.cleared = True
     engine.foreign_steps += 1
     if engine.foreign_steps == _PATIENCE:
         engine.warn_once(
@@ -158,6 +152,15 @@ def _is_copy(stepped: Tensor, param: Tensor) -> bool:
     return bool(same & values.any())  # zeros are equal by chance
 
 
+def _is_of_a_module(param: Tensor) -> bool:
+    """Whether some module of the process owns the parameter: then it is a twin of ours, and no master copy.
+
+    Looks through all objects of the process; asked once for an optimizer that steps what looks like a copy.
+    """
+    modules = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Module))
+    return any(param is p for module in modules for p in module.__dict__.get("_parameters", {}).values())
+
+
 def _waiting(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     governed = engine.governed()
     for name, param in engine.parameters():
@@ -178,7 +181,7 @@ def _master_weights(name: str, param: Tensor, optimizer: str) -> MasterWeightsEr
 def _warn_of_rounding(engine: Engine, optimizer: Optimizer, view: View) -> None:
     """Warn once if the decay of a low-precision parameter is less than its rounding error."""
     for group, buckets in zip(optimizer.param_groups, view.buckets, strict=True):
-        lr = _largest_lr(group)
+        lr = given if is_number(given := engine.settings.lr) else _largest_lr(group)
         for bucket in buckets:
             param, entry = bucket[0]
             if lr is None or param.dtype not in (torch.bfloat16, torch.float16) or not entry.alpha:

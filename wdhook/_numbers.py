@@ -9,7 +9,7 @@ from typing import TypeGuard
 from ._errors import ArgumentError
 
 
-def check_weight_decay(value: object, argument: str = "weight_decay") -> float:
+def check_factor(value: object, argument: str = "weight_decay") -> float:
     """`value` as a float.
 
     Raises:
@@ -19,9 +19,7 @@ def check_weight_decay(value: object, argument: str = "weight_decay") -> float:
         raise ArgumentError(f"`{argument}` must be a number.\n  got: {value!r} ({type(value).__name__})")
     λ = float(value)
     if not (math.isfinite(λ) and λ >= 0):
-        raise ArgumentError(
-            f"`{argument}` must be finite and not negative: it is the λ of one optimizer step.\n  got: {value!r}"
-        )
+        raise ArgumentError(f"`{argument}` must be finite and not negative.\n  got: {value!r}")
     return λ
 
 

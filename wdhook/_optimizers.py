@@ -17,7 +17,6 @@ from ._errors import LearningRateError, UnsupportedOptimizerError
 _GradScaler: Any = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # torch.amp has it since 2.3
 
 _OPTIMIZER_FILE = Optimizer.profile_hook_step.__code__.co_filename  # where the wrapper of every step is defined
-_ESTIMATES = {"d0", "d_coef", "growth_rate"}  # what surrounds the estimate `d`; torch's Adafactor has another `d`
 
 LearningRate = Number | Callable[[Mapping[str, Any]], Number]
 """A number, or a function of the param group that owns the parameter."""
@@ -43,7 +42,7 @@ def learning_rate(group: Mapping[str, Any], given: LearningRate | None) -> Numbe
             f"  group['lr']: {value!r}\n"
             '  Give it with `lr=`, a float or a function of the group, or use mode="coupled"'
         )
-    if "d" in group and not _ESTIMATES.isdisjoint(group):
+    if "d" in group and "beta2_decay" not in group:  # torch's Adafactor calls its clipping threshold `d`
         raise LearningRateError(
             "The param group scales its learning rate with an estimate `d` (Prodigy, D-Adaptation), so "
             "`lr` alone is not the effective one.\n"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ._errors import ArgumentError, SelectorError
-from ._numbers import check_weight_decay
+from ._numbers import check_factor
 from ._roles import Role
 
 Predicate = Callable[[str, nn.Module, nn.Parameter], bool]
@@ -48,7 +48,7 @@ def apply_overrides(
         )
     for selector, given in overrides.items():
         matches, label = _matcher(selector)
-        λ = None if given is True else check_weight_decay(given or 0.0, f"overrides[{label}]")
+        λ = None if given is True else check_factor(0.0 if given is False else given, f"overrides[{label}]")
         names = dict.fromkeys(c.name for c in candidates if matches(c))
         if strict and not names:
             raise SelectorError(_nothing_matches(label, candidates))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,10 +13,12 @@ from torch.nn.parameter import is_lazy
 
 from ._conventions import bare_name
 from ._errors import ArgumentError, NothingToDecayError, WdhookError
-from ._numbers import check_weight_decay
+from ._numbers import check_factor
 from ._overrides import Candidate, Overrides, apply_overrides
 from ._roles import DECAYED_ROLES, Role, classify
 from ._table import diff_table, plan_table
+
+_RENAMED = re.compile(r"(?<![^.])(?:base_layer\.|parametrizations\.(?P<local>\w+)\.original\d*$)")
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Plan(Mapping[str, Decision]):
         Raises:
             ArgumentError: `weight_decay` is negative, not finite or not a number.
         """
-        new = check_weight_decay(weight_decay)
+        new = check_factor(weight_decay)
         decisions = {n: replace(d, weight_decay=new) if d.follows else d for n, d in self.items()}
         return Plan(new, decisions, self._model())
 
@@ -107,6 +110,16 @@ class Plan(Mapping[str, Decision]):
             return replace(d, weight_decay=λ, follows=False, reason=f"{d.reason}; its param group has {λ:g}")
 
         return Plan(self._weight_decay, {name: own(d) for name, d in self.items()}, self._model())
+
+    def inherited(self, new: Decision) -> Decision:
+        """`new`, unless it is a known parameter under another name whose exemption or absolute λ it has to keep.
+
+        A parametrization moves ``weight`` to ``parametrizations.weight.original``, an adapter to ``base_layer.weight``.
+        """
+        old = self.get(_RENAMED.sub(lambda found: found["local"] or "", new.name))
+        if old is None or old.follows or not new.eligible:
+            return new
+        return replace(new, weight_decay=old.weight_decay, follows=False, reason=f"was {old.name}: {old.reason}")
 
     def extended(self, newer: Iterable[Decision]) -> Plan:
         """This plan, and after it the decisions on parameters that it does not know."""
@@ -232,7 +245,7 @@ def decide(
     model: nn.Module, weight_decay: float, overrides: Overrides | None, recipe: str | None, strict: bool
 ) -> Plan:
     """`plan`, where with `strict` False a selector may match nothing: the model was planned before, and changed."""
-    value = check_weight_decay(weight_decay)
+    value = check_factor(weight_decay)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"`model` must be a torch.nn.Module.\n  got: {type(model).__name__}")
     decisions = _follow_recipe(model, recipe, value) if recipe is not None else _follow_roles(model, value)

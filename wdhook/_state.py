@@ -69,6 +69,7 @@ class View:
         self.strays: list[Pair] = []  # tracked, and in no group of any optimizer given
         self.turned: str | None = None  # decayed before it was known that the optimizer maximizes
         self.wraps = False  # the optimizer holds another one that owns decayed parameters
+        self.cleared = False  # the optimizer steps no copies of ours
         self.checked = False
 
     def is_current(self, optimizer: Any) -> bool:

@@ -40,10 +40,22 @@ def end(engine: Engine, optimizer: Optimizer) -> None:
     if engine.running and engine.running[-1] == id(optimizer):
         engine.running.pop()
     view = engine.known_view(optimizer)
-    if view is not None and view.has_entries():
+    if view is not None and view.has_entries() and not _was_skipped(engine, optimizer):
         view.owner.steps += 1
         engine.steps += 1
         _let_gradients_be_swapped(view)
+
+
+def _was_skipped(engine: Engine, optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer under a GradScaler has skipped this step on the device.
+
+    It matters where the parameters were shrunk in the backward: their window stays open. Reading the flag costs a
+    synchronisation, as it does the scaler with an optimizer that is not fused.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is None or engine.settings.mode == "coupled" or engine.settings.at == "step":
+        return False
+    return bool(found_inf)
 
 
 def _let_gradients_be_swapped(view: View) -> None:
