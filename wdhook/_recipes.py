@@ -73,7 +73,7 @@ def _timm(model: nn.Module) -> Iterator[tuple[str, str | None]]:
 
 
 def _swin(model: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """Swin Transformer: `set_weight_decay` in optimizer.py of microsoft/Swin-Transformer (commit 00f2800).
+    """Swin Transformer: `set_weight_decay` in optimizer.py of microsoft/Swin-Transformer (commit f82860b).
 
     As timm, with exact names in `no_weight_decay()`, with the substrings of the model's
     `no_weight_decay_keywords()`, and with scalars decayed.
@@ -135,7 +135,7 @@ _DETECTRON2_NORMS = (
 
 
 def _detectron2(model: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """detectron2: `get_default_optimizer_params` in detectron2/solver/build.py (commit 012c898).
+    """detectron2: `get_default_optimizer_params` in detectron2/solver/build.py (commit 02b5c4e).
 
     With the values that its configuration starts from: `SOLVER.WEIGHT_DECAY_NORM = 0.0`, and
     `SOLVER.WEIGHT_DECAY_BIAS = None`, so that biases are decayed. Its own sub-classes of these norms
