@@ -20,14 +20,15 @@ LAYERS = [
     {"_errors", "_role_names"},
     {"_numbers", "_conventions", "_arithmetic", "_window"},
     {"_roles", "_optimizers", "_table"},
-    {"_overrides", "_recipes"},
+    {"_decisions", "_overrides", "_recipes"},
     {"_plan"},
     {"_state", "_guards"},
     {"_backward"},
     {"_engine"},
     {"_step"},
     {"_listener"},
-    {"_attach", "_oneshot"},
+    {"_arguments", "_handle", "_oneshot"},
+    {"_attach"},
     {"__init__"},
     {"plot"},
     {"_demo"},
@@ -83,9 +84,9 @@ def test_the_core_never_imports_optional_faces() -> None:
 
 
 def test_no_file_is_too_large() -> None:
-    """One file, one concern: none has more than 400 lines."""
+    """One file, one concern: none has more than 330 lines."""
     sizes = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
-    assert {name: size for name, size in sizes.items() if size > 400} == {}
+    assert {name: size for name, size in sizes.items() if size > 330} == {}
 
 
 @pytest.mark.parametrize("name", [n for n in wdhook.__all__ if not n.startswith("__")])

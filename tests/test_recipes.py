@@ -91,14 +91,14 @@ def test_names_order_and_frozen_parameters(recipe: str) -> None:
     assert exempt(model, recipe) == before
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it imports the compiler
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_wrappers_are_looked_through(recipe: str) -> None:
     """A wrapped model is decided as the bare one: the projects read their lists before they wrap."""
     wrapped = torch.optim.swa_utils.AveragedModel(House())
     assert exempt(wrapped, recipe) == {f"module.{name}" for name in EXEMPT[recipe].split()}
-    compiled = torch.compile(House())
-    assert isinstance(compiled, nn.Module)
+    assert exempt(nn.Sequential(House()), "timm") == {f"0.{name}" for name in EXEMPT["timm"].split()} - {"0.pos_embed"}
+    # Stands in for torch.compile, which in torch 2.1 takes the step hooks off all optimizers of the process.
+    compiled = type("OptimizedModule", (Bag,), {"__module__": "torch._dynamo.eval_frame"})(_orig_mod=House())
     assert exempt(compiled, recipe) == {f"_orig_mod.{name}" for name in EXEMPT[recipe].split()}
 
 

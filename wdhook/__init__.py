@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from ._attach import WeightDecay, adopt, attach
+from ._attach import adopt, attach
+from ._decisions import Decision, Plan, PlanDiff
 from ._errors import (
     AlreadyAttachedError,
     ArgumentError,
@@ -23,8 +24,9 @@ from ._errors import (
     WdhookError,
     WdhookWarning,
 )
+from ._handle import WeightDecay
 from ._oneshot import apply_weight_decay, l2_penalty
-from ._plan import Decision, Plan, PlanDiff, param_groups, plan
+from ._plan import param_groups, plan
 from ._roles import Role
 
 __version__ = "0.1.0"

@@ -1,133 +1,34 @@
-"""`attach`, `adopt`, and the handle that they return."""
+"""`attach` and `adopt`."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
-from types import TracebackType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from ._arguments import (
+    MODES,
+    MOMENTS,
+    Optimizers,
+    check_choice,
+    check_lr,
+    check_scaler,
+    check_step_is_heard,
+    optimizers_of,
+    ready_plan,
+)
+from ._decisions import Plan
 from ._engine import Engine
-from ._errors import AlreadyAttachedError, ArgumentError, LearningRateError
+from ._errors import AlreadyAttachedError, ArgumentError
+from ._handle import WeightDecay
 from ._listener import attached, listen
-from ._numbers import check_factor, is_number
-from ._optimizers import LearningRate, check_supports_decoupled, learning_rate, own_mode
+from ._optimizers import LearningRate, own_mode
 from ._overrides import Overrides
-from ._plan import Plan, decide, plan, require_eligible
+from ._plan import decide, plan, require_eligible
 from ._state import Settings
-
-MODES = ("coupled", "decoupled", "independent")
-MOMENTS = ("backward", "step")
-Optimizers = Optimizer | Iterable[Optimizer]
-
-
-class WeightDecay:
-    """The handle of an attached model: change λ, pause, remove.
-
-    It is also a context manager that removes the decay at its end. The decay goes on without it: a handle
-    that is thrown away removes nothing. A copy or a pickle of a handle is detached.
-    """
-
-    def __init__(self, engine: Engine | None, plan: Plan, mode: str, at: str):
-        self._engine = engine
-        self._plan = plan
-        self.mode = mode
-        self.at = at
-
-    def remove(self) -> None:
-        """Remove every hook, those of the process too; the plan stays readable. May be called again."""
-        if self._engine is not None:
-            self._plan = self._engine.plan
-            self._engine.close()
-            self._engine = None
-
-    def __enter__(self) -> WeightDecay:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """No decay in backward passes and steps inside this context.
-
-        A gradient that was computed inside and is stepped outside is decayed at that step.
-        """
-        engine = self._engine
-        if engine is not None:
-            engine.pauses += 1
-        try:
-            yield
-        finally:
-            if engine is not None:
-                engine.pauses -= 1
-
-    @property
-    def weight_decay(self) -> float:
-        """λ per optimizer step. Set it to follow a schedule; absolute λ of overrides and marks stay.
-
-        Raises:
-            ArgumentError: (setter) not a number, negative or not finite.
-        """
-        return self._plan.weight_decay if self._engine is None else self._engine.weight_decay
-
-    @weight_decay.setter
-    def weight_decay(self, value: float) -> None:
-        new = check_factor(value)
-        if self._engine is None:
-            self._plan = self._plan.scaled_to(new)
-        else:
-            self._engine.weight_decay = new
-
-    @property
-    def plan(self) -> Plan:
-        """The decision for each parameter, with the present λ; ``print`` it."""
-        return self._plan if self._engine is None else self._engine.plan
-
-    def state_dict(self) -> dict[str, Any]:
-        """λ and what a schedule cannot recompute, as plain numbers (and tensors, where ``lr`` is one)."""
-        peaks = [] if self._engine is None else self._engine.lr_peaks()
-        return {"weight_decay": self.weight_decay, "mode": self.mode, "lr_peaks": peaks}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the λ of `state`.
-
-        Raises:
-            ArgumentError: it is not a state of a handle, or one of another mode.
-        """
-        missing = {"weight_decay", "mode", "lr_peaks"} - set(state)
-        if missing:
-            raise ArgumentError(f"`state` is not the state of a handle.\n  missing: {', '.join(sorted(missing))}")
-        if state["mode"] != self.mode:
-            raise ArgumentError(
-                "`state` is of another mode, in which the same λ means something else.\n"
-                f"  state: {state['mode']}\n  handle: {self.mode}"
-            )
-        self.weight_decay = state["weight_decay"]
-        if self._engine is not None:
-            self._engine.set_lr_peaks(state["lr_peaks"])
-
-    def __repr__(self) -> str:
-        plan = self.plan
-        life = "removed" if self._engine is None or self._engine.closed else f"steps={self._engine.steps}"
-        return (
-            f"WeightDecay({plan.weight_decay:g}, mode={self.mode!r}, at={self.at!r}, "
-            f"decayed={len(plan.decayed)} of {len(plan)} tensors, {life})"
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A model may keep its handle as an attribute and still be copied: its copy has no hooks.
-        return WeightDecay, (None, self.plan, self.mode, self.at)
 
 
 def attach(
@@ -188,16 +89,16 @@ def attach(
     WeightDecay(0.0001, mode='coupled', at='backward', decayed=1 of 2 tensors, steps=0)
     >>> decay.remove()
     """
-    _check_choice("mode", mode, MODES)
-    _check_choice("at", at, MOMENTS)
+    check_choice("mode", mode, MODES)
+    check_choice("at", at, MOMENTS)
     if foreach not in (None, True, False):
         raise ArgumentError(f"`foreach` must be None, True or False.\n  got: {foreach!r}")
-    ready = _ready_plan(model, weight_decay, overrides, recipe)
+    ready = ready_plan(model, weight_decay, overrides, recipe)
     require_eligible(ready)
-    optimizers = _optimizers(optimizer)
-    _check_lr(mode, at, optimizers, lr)
-    _check_step(at, optimizers)
-    _check_scaler(scaler)
+    optimizers = optimizers_of(optimizer)
+    check_lr(mode, at, optimizers, lr)
+    check_step_is_heard(at, optimizers)
+    check_scaler(scaler)
     settings = Settings(
         mode=mode,
         at=at,
@@ -277,75 +178,6 @@ def adopt(
         if "weight_decay" in settings:
             settings["weight_decay"] = 0.0
     return handle
-
-
-def _check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ArgumentError(f"`{argument}` must be one of {', '.join(map(repr, choices))}.\n  got: {value!r}")
-
-
-def _ready_plan(model: nn.Module, weight_decay: float | Plan, overrides: Overrides | None, recipe: str | None) -> Plan:
-    if not isinstance(weight_decay, Plan):
-        return plan(model, weight_decay, overrides=overrides, recipe=recipe)
-    if overrides is not None or recipe is not None:
-        raise ArgumentError(
-            "A ready plan has its `overrides` and `recipe` in it already: give them to wdhook.plan instead"
-        )
-    names = dict(model.named_parameters())
-    unknown = [name for name in (*names, *weight_decay) if (name in names) != (name in weight_decay)]
-    if unknown:
-        raise ArgumentError(
-            "The plan is not one of this model.\n"
-            f"  names that only one of them has: {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}"
-        )
-    return weight_decay
-
-
-def _optimizers(given: Optimizers | None) -> tuple[Any, ...]:
-    if given is None:
-        return ()
-    optimizers = (given,) if hasattr(given, "param_groups") else given
-    if not isinstance(optimizers, Iterable) or not all(hasattr(o, "param_groups") for o in optimizers):
-        raise ArgumentError(f"`optimizer` must have param_groups, or be a list of such.\n  got: {given!r}")
-    return tuple(optimizers)
-
-
-def _check_lr(mode: str, at: str, optimizers: tuple[Any, ...], lr: LearningRate | None) -> None:
-    if is_number(lr):
-        check_factor(lr, "lr")
-    elif lr is not None and not (callable(lr) or isinstance(lr, Tensor)):
-        raise ArgumentError(f"`lr` must be a number or a function of a param group.\n  got: {lr!r}")
-    if mode == "coupled":
-        if lr is not None:
-            raise ArgumentError(
-                f'`lr` has no meaning with mode="coupled": the optimizer applies its own.\n  got: {lr!r}'
-            )
-        return
-    for optimizer in optimizers:
-        check_supports_decoupled(optimizer)
-        if lr is None:
-            for group in optimizer.param_groups:
-                learning_rate(group, None)
-    if at == "backward" and not optimizers and (lr is None or callable(lr) or mode == "independent"):
-        raise LearningRateError(
-            f'mode={mode!r} with at="backward" needs a learning rate before any optimizer has stepped.\n'
-            f"  optimizer: None\n  lr: {lr!r}\n"
-            '  Use attach(..., optimizer=optimizer), a number as `lr=`, or at="step"'
-        )
-
-
-def _check_step(at: str, optimizers: tuple[Any, ...]) -> None:
-    for optimizer in optimizers:
-        if at == "step" and not isinstance(optimizer, Optimizer):
-            raise ArgumentError(
-                'at="step" hears the steps of torch.optim.Optimizer and its subclasses only.\n'
-                f'  optimizer: {type(optimizer).__name__}\n  Use at="backward"'
-            )
-
-
-def _check_scaler(scaler: object) -> None:
-    if scaler is not None and not all(callable(getattr(scaler, name, None)) for name in ("scale", "is_enabled")):
-        raise ArgumentError(f"`scaler` must be a torch.amp.GradScaler.\n  got: {type(scaler).__name__}")
 
 
 def _check_free(engine: Engine, wanted: Plan) -> None:

@@ -14,9 +14,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import _arithmetic as arithmetic
 from ._backward import Witness, make_hook, register_first
 from ._conventions import bare_name
+from ._decisions import Plan
 from ._errors import WdhookWarning
 from ._optimizers import inner_optimizers, learning_rate, peak_learning_rate
-from ._plan import Plan
 from ._state import Entry, Pair, Settings, View
 from ._window import Owner
 

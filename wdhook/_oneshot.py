@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from . import _arithmetic as arithmetic
 from ._arithmetic import Number
+from ._decisions import Decision
 from ._errors import AlreadyAttachedError, ArgumentError, LearningRateError, NoGradientError
 from ._listener import attached
 from ._optimizers import LearningRate, learning_rate
 from ._overrides import Overrides
-from ._plan import Decision, plan, require_eligible
+from ._plan import plan, require_eligible
 
 
 def apply_weight_decay(

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ._arithmetic import Number
+from ._decisions import Plan
 from ._optimizers import LearningRate
-from ._plan import Plan
 from ._window import Owner, Window
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ._plan import Decision
+    from ._decisions import Decision
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a path component that is a number: the 3 of "layers.3.fc"
 Index = tuple[tuple[int, int], ...]  # one (first, last) for each number of a name

@@ -1,0 +1,117 @@
+"""The handle that `attach` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from ._decisions import Plan
+from ._engine import Engine
+from ._errors import ArgumentError
+from ._numbers import check_factor
+
+
+class WeightDecay:
+    """The handle of an attached model: change λ, pause, remove.
+
+    It is also a context manager that removes the decay at its end. The decay goes on without it: a handle
+    that is thrown away removes nothing. A copy or a pickle of a handle is detached.
+    """
+
+    def __init__(self, engine: Engine | None, plan: Plan, mode: str, at: str):
+        self._engine = engine
+        self._plan = plan
+        self.mode = mode
+        self.at = at
+
+    def remove(self) -> None:
+        """Remove every hook, those of the process too; the plan stays readable. May be called again."""
+        if self._engine is not None:
+            self._plan = self._engine.plan
+            self._engine.close()
+            self._engine = None
+
+    def __enter__(self) -> WeightDecay:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No decay in backward passes and steps inside this context.
+
+        A gradient that was computed inside and is stepped outside is decayed at that step.
+        """
+        engine = self._engine
+        if engine is not None:
+            engine.pauses += 1
+        try:
+            yield
+        finally:
+            if engine is not None:
+                engine.pauses -= 1
+
+    @property
+    def weight_decay(self) -> float:
+        """λ per optimizer step. Set it to follow a schedule; absolute λ of overrides and marks stay.
+
+        Raises:
+            ArgumentError: (setter) not a number, negative or not finite.
+        """
+        return self._plan.weight_decay if self._engine is None else self._engine.weight_decay
+
+    @weight_decay.setter
+    def weight_decay(self, value: float) -> None:
+        new = check_factor(value)
+        if self._engine is None:
+            self._plan = self._plan.scaled_to(new)
+        else:
+            self._engine.weight_decay = new
+
+    @property
+    def plan(self) -> Plan:
+        """The decision for each parameter, with the present λ; ``print`` it."""
+        return self._plan if self._engine is None else self._engine.plan
+
+    def state_dict(self) -> dict[str, Any]:
+        """λ and what a schedule cannot recompute, as plain numbers (and tensors, where ``lr`` is one)."""
+        peaks = [] if self._engine is None else self._engine.lr_peaks()
+        return {"weight_decay": self.weight_decay, "mode": self.mode, "lr_peaks": peaks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the λ of `state`.
+
+        Raises:
+            ArgumentError: it is not a state of a handle, or one of another mode.
+        """
+        missing = {"weight_decay", "mode", "lr_peaks"} - set(state)
+        if missing:
+            raise ArgumentError(f"`state` is not the state of a handle.\n  missing: {', '.join(sorted(missing))}")
+        if state["mode"] != self.mode:
+            raise ArgumentError(
+                "`state` is of another mode, in which the same λ means something else.\n"
+                f"  state: {state['mode']}\n  handle: {self.mode}"
+            )
+        self.weight_decay = state["weight_decay"]
+        if self._engine is not None:
+            self._engine.set_lr_peaks(state["lr_peaks"])
+
+    def __repr__(self) -> str:
+        plan = self.plan
+        life = "removed" if self._engine is None or self._engine.closed else f"steps={self._engine.steps}"
+        return (
+            f"WeightDecay({plan.weight_decay:g}, mode={self.mode!r}, at={self.at!r}, "
+            f"decayed={len(plan.decayed)} of {len(plan)} tensors, {life})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A model may keep its handle as an attribute and still be copied: its copy has no hooks.
+        return WeightDecay, (None, self.plan, self.mode, self.at)
