@@ -14,7 +14,7 @@ from ._decisions import Decision, Plan
 from ._errors import ArgumentError, NothingToDecayError
 from ._numbers import check_factor
 from ._overrides import Candidate, Overrides, apply_overrides
-from ._roles import DECAYED_ROLES, classify
+from ._roles import DECAYED_ROLES, classified
 
 
 def plan(
@@ -102,12 +102,11 @@ def require_eligible(plan: Plan) -> None:
 
 
 def _follow_roles(model: nn.Module, weight_decay: float) -> dict[str, Decision]:
-    params = dict(model.named_parameters())
     decisions = {}
-    for name, verdict in classify(model).items():
+    for name, parameter, verdict in classified(model):
         follows = verdict.weight_decay is None and verdict.role in DECAYED_ROLES
         λ = weight_decay if follows else verdict.weight_decay or 0.0
-        extent = _extent(params[name])
+        extent = _extent(parameter)
         decisions[name] = Decision(name, verdict.role, λ, verdict.reason, *extent, verdict.guess, follows)
     return decisions
 
