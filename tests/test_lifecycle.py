@@ -275,9 +275,6 @@ def test_moving_and_converting_an_attached_model() -> None:
     assert_bit_equal(model.state_dict(), twin.state_dict())
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.__future__, "set_swap_module_params_on_conversion"), reason="this torch does not swap tensors"
-)
 def test_swapping_tensors_of_an_attached_model() -> None:
     """torch's swap on conversion refuses tensors with weak references: we hold none on parameters."""
     model, twin = twins(perceptron())

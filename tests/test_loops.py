@@ -361,6 +361,10 @@ def test_autograd_grad_leaves_everything_alone() -> None:
         assert all(p.grad is None for p in model.parameters())
 
 
+# torch 2.4 warns of its own checkpointing.
+OLD_CHECKPOINT = pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool | None) -> None:
         super().__init__()
@@ -379,6 +383,7 @@ class Checkpointed(nn.Module):
         return self.last(x)
 
 
+@OLD_CHECKPOINT
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("to_none", [True, False])
 @pytest.mark.parametrize("at", ["backward", "step"])
@@ -392,6 +397,7 @@ def test_activation_checkpointing_with_a_shared_layer(reentrant: bool, to_none: 
     assert_close(model.state_dict(), twin.state_dict(), 1e-13)  # other orders of a few sums in float64
 
 
+@OLD_CHECKPOINT
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_skipped_step_with_checkpointing(reentrant: bool) -> None:
     """Zeroed in place without a step, in loops whose hooks run several times per backward."""

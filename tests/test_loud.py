@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from twins import assert_bit_equal, batches, loss_of, needs_scaler, perceptron, weights
+from twins import assert_bit_equal, batches, loss_of, perceptron, weights
 
 import wdhook
 from wdhook import _listener
@@ -474,7 +474,6 @@ def test_a_foreign_optimizer_is_none_of_our_business() -> None:
         optimizer.step()
 
 
-@needs_scaler
 def test_a_scaler_that_was_not_given() -> None:
     """A GradScaler that steps the optimizer makes coupled decay 65,536 times too weak: error at the first step."""
     model = plain()
@@ -490,7 +489,6 @@ def test_a_scaler_that_was_not_given() -> None:
         quiet.step(optimizer)
 
 
-@needs_scaler
 def test_a_scaler_that_comes_later() -> None:
     """Scaling that starts in mid-training is caught at its first step."""
     model = plain()
@@ -505,7 +503,6 @@ def test_a_scaler_that_comes_later() -> None:
         assert_unchanged_by(lambda: scaler.step(optimizer), model, wdhook.LossScaleError, "GradScaler")
 
 
-@needs_scaler
 @pytest.mark.parametrize("other", [True, False])
 def test_a_scaler_that_does_not_step(other: bool) -> None:
     """A scaler that was given, while another one or none steps the optimizer, is an error before the step."""

@@ -14,7 +14,6 @@ from twins import (
     batches,
     convnet,
     loss_of,
-    needs_scaler,
     own_groups,
     perceptron,
     train,
@@ -83,7 +82,6 @@ def test_several_modules_share_a_parameter() -> None:
     assert torch.equal(one.weight.grad, 0.75 * one.weight)
 
 
-@needs_scaler
 def test_under_a_scaler() -> None:
     """Scaled gradients get the scaled decay."""
     model = perceptron()

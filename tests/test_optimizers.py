@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import signature
 from typing import Any
 
 import pytest
@@ -16,12 +15,6 @@ import wdhook
 Optimizer = torch.optim.Optimizer
 Make = Callable[..., Optimizer]
 
-# Decoupled decay of RAdam is newer than the oldest torch.
-RADAMW = (
-    {"RAdamW": (torch.optim.RAdam, {"lr": 0.01, "decoupled_weight_decay": True}, "decoupled")}
-    if "decoupled_weight_decay" in signature(torch.optim.RAdam).parameters
-    else {}
-)
 # name → (class, arguments, the mode that its own weight_decay is)
 CATALOGUE: dict[str, tuple[Any, dict[str, Any], str]] = {
     "SGD": (torch.optim.SGD, {"lr": 0.1}, "coupled"),
@@ -40,7 +33,7 @@ CATALOGUE: dict[str, tuple[Any, dict[str, Any], str]] = {
     "NAdam": (torch.optim.NAdam, {"lr": 0.01}, "coupled"),
     "NAdamW": (torch.optim.NAdam, {"lr": 0.01, "decoupled_weight_decay": True}, "decoupled"),
     "RAdam": (torch.optim.RAdam, {"lr": 0.01}, "coupled"),
-    **RADAMW,
+    "RAdamW": (torch.optim.RAdam, {"lr": 0.01, "decoupled_weight_decay": True}, "decoupled"),
     "RMSprop": (torch.optim.RMSprop, {"lr": 0.01, "centered": True}, "coupled"),
     "Adagrad": (torch.optim.Adagrad, {"lr": 0.1}, "coupled"),
     "Adadelta": (torch.optim.Adadelta, {}, "coupled"),

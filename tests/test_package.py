@@ -141,6 +141,6 @@ def test_torch_is_the_only_requirement() -> None:
     """Everything else is an optional extra."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    assert config["options"]["install_requires"].split() == ["torch>=2.1"]
+    assert config["options"]["install_requires"].split() == ["torch>=2.4"]
     assert config["options"]["packages"] == "find:"
     assert (PACKAGE / "py.typed").exists()

@@ -97,7 +97,7 @@ def test_wrappers_are_looked_through(recipe: str) -> None:
     wrapped = torch.optim.swa_utils.AveragedModel(House())
     assert exempt(wrapped, recipe) == {f"module.{name}" for name in EXEMPT[recipe].split()}
     assert exempt(nn.Sequential(House()), "timm") == {f"0.{name}" for name in EXEMPT["timm"].split()} - {"0.pos_embed"}
-    # Stands in for torch.compile, which in torch 2.1 takes the step hooks off all optimizers of the process.
+    # Stands in for torch.compile, which takes seconds.
     compiled = type("OptimizedModule", (Bag,), {"__module__": "torch._dynamo.eval_frame"})(_orig_mod=House())
     assert exempt(compiled, recipe) == {f"_orig_mod.{name}" for name in EXEMPT[recipe].split()}
 

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from twins import LR, assert_bit_equal, batches, loss_of, needs_scaler, own_groups, perceptron, twins, weights, zero, λ
+from twins import LR, assert_bit_equal, batches, loss_of, own_groups, perceptron, twins, weights, zero, λ
 
 import wdhook
 
-pytestmark = needs_scaler
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 
 

@@ -6,13 +6,9 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-needs_scaler = pytest.mark.skipif(
-    not hasattr(torch.amp, "GradScaler"), reason="before torch 2.3 gradient scalers work on CUDA alone"
-)
 λ = 0.05
 LR = 0.1
 

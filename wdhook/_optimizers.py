@@ -14,8 +14,6 @@ from torch.optim import Optimizer
 from ._arithmetic import Number
 from ._errors import LearningRateError, UnsupportedOptimizerError
 
-_GradScaler: Any = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # torch.amp has it since 2.3
-
 _OPTIMIZER_FILE = Optimizer.profile_hook_step.__code__.co_filename  # where the wrapper of every step is defined
 
 LearningRate = Number | Callable[[Mapping[str, Any]], Number]
@@ -118,7 +116,7 @@ def stepping_scaler() -> Any | None:
     A scaler leaves no trace on an optimizer that it has un-scaled, so the call stack is the only witness.
     """
     for code, frame in islice(_callers(), 16):  # the optimizer's wrapper, and at most a few of a framework
-        if code is _GradScaler.step.__code__:
+        if code is torch.amp.GradScaler.step.__code__:
             # Only now: asking any frame for its locals makes it keep them alive.
             scaler = frame.f_locals["self"]
             return scaler if scaler.is_enabled() else None

@@ -27,9 +27,7 @@ __all__ = ["DECAYED_ROLES", "Role", "Verdict", "classify"]
 DECAYED_ROLES: frozenset[Role] = frozenset({Role.WEIGHT, Role.EMBEDDING})
 """The roles that are decayed unless somebody says otherwise."""
 
-_NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.LayerNorm, nn.GroupNorm)
-if hasattr(nn, "RMSNorm"):  # torch >= 2.4
-    _NORMS += (nn.RMSNorm,)
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _WEIGHTS = (nn.Linear, _ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 _SLOPES = (nn.PReLU,)

@@ -60,14 +60,11 @@ def _was_skipped(engine: Engine, optimizer: Optimizer) -> bool:
 
 def _let_gradients_be_swapped(view: View) -> None:
     """Where converting a model swaps tensors: `torch.utils.swap_tensors` refuses those with weak references."""
-    everywhere = _swaps_on_conversion()
+    everywhere = torch.__future__.get_swap_module_params_on_conversion()
     for bucket in chain.from_iterable(view.buckets):
         if everywhere or not arithmetic.is_plain(bucket[0][0]):
             for _, entry in bucket:
                 entry.buffer = None
-
-
-_swaps_on_conversion = getattr(torch.__future__, "get_swap_module_params_on_conversion", bool)  # since torch 2.3
 
 
 def decay(engine: Engine, optimizer: Optimizer, view: View, evaluated: bool) -> None:
