@@ -13,7 +13,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import pytest
 import torch
 from architectures import build
 from torch import nn
+from twins import assert_linear, calls
 
 import wdhook
 from wdhook._recipes import RECIPES
@@ -166,17 +166,17 @@ def test_the_snapshot_sees_changes() -> None:
             assert_same(snapshot(model), before)
 
 
-def test_five_thousand_modules_are_fast(record_property: pytest.RecordProperty) -> None:
-    """A plan for 5,000 modules is made in a fraction of a second (the limit allows for a slow machine)."""
-    with torch.device("meta"):
-        model = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(1667)])
-    assert len(list(model.modules())) == 5002
-    start = time.process_time()
-    wdhook.plan(model, 1.0)
-    seconds = time.process_time() - start
-    record_property("plan_seconds", seconds)
-    print(f"plan of 5,002 modules: {seconds:.3f} s")
-    assert seconds < 3.0
+def test_the_cost_of_a_plan_is_linear() -> None:
+    """Twice as many modules cost twice as many calls; a cost that grows faster is seen."""
+
+    def cost(blocks: int) -> int:
+        with torch.device("meta"):
+            model = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(blocks)])
+        return calls(lambda: wdhook.plan(model, 1.0))
+
+    assert_linear(cost, 300)
+    with pytest.raises(AssertionError, match="times as much"):
+        assert_linear(lambda size: calls(lambda: [abs(i) for _ in range(size) for i in range(size)]), 30)
 
 
 CHECK = """

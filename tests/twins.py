@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -29,6 +30,29 @@ def assert_close(one: Mapping[str, Tensor], other: Mapping[str, Tensor], bound: 
         worst = (tensor - other[name]).abs().max().item()
         if not worst <= bound:
             raise AssertionError(f"{name} differs by {worst:g} > {bound:g}")
+
+
+def calls(function: Callable[[], object]) -> int:
+    """How many functions `function` calls: its cost, and the same on every machine."""
+    count = 0
+
+    def profile(frame: object, event: str, arg: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def assert_linear(cost: Callable[[int], int], small: int) -> None:
+    """Raise unless twice the size costs about twice as much."""
+    one, two = cost(small), cost(2 * small)
+    if not two < 2.2 * one:
+        raise AssertionError(f"twice the size costs {two / one:.2f} times as much")
 
 
 def convnet(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
