@@ -115,7 +115,7 @@ def stepping_scaler() -> Any | None:
 
     A scaler leaves no trace on an optimizer that it has un-scaled, so the call stack is the only witness.
     """
-    for code, frame in islice(_callers(), 16):  # the optimizer's wrapper, and at most a few of a framework
+    for code, frame in islice(_callers(), 40):  # ten or so of torch and of ours, the rest for frameworks
         if code is torch.amp.GradScaler.step.__code__:
             # Only now: asking any frame for its locals makes it keep them alive.
             scaler = frame.f_locals["self"]
