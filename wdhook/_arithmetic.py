@@ -89,7 +89,7 @@ def loss_scale(scaler: Any | None, device: torch.device) -> Tensor | None:
     return scale
 
 
-def scaled(weight_decay: float, scale: Tensor | None) -> Number:
+def scaled(weight_decay: Number, scale: Tensor | None) -> Number:
     """λ times the factor of the loss, if there is one."""
     return weight_decay if scale is None else weight_decay * scale
 
@@ -97,6 +97,13 @@ def scaled(weight_decay: float, scale: Tensor | None) -> Number:
 def is_plain(tensor: Tensor) -> bool:
     """Whether the foreach kernels know the tensor: neither a subclass (DTensor) nor sparse."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+
+
+def use_foreach(asked: bool | None, params: list[Tensor]) -> bool:
+    """Whether tensors of one kind go through a foreach kernel: as asked, else where there are several it knows."""
+    if asked is not None:
+        return asked and bool(params)
+    return len(params) > 1 and is_plain(params[0])
 
 
 def content(grad: Tensor) -> Tensor:

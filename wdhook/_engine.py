@@ -16,7 +16,7 @@ from ._backward import Witness, make_hook, register_first
 from ._conventions import bare_name
 from ._decisions import Plan
 from ._errors import WdhookWarning
-from ._optimizers import inner_optimizers, learning_rate, peak_learning_rate
+from ._optimizers import inner_optimizers, learning_rate, owned_ids, peak_learning_rate
 from ._state import Entry, Pair, Settings, View
 from ._window import Owner
 
@@ -187,7 +187,7 @@ class Engine:
 
     def owned_ids(self) -> set[int]:
         """ids of the parameters that the given optimizers hold."""
-        return {id(p) for o in self.optimizers() for group in o.param_groups for p in group["params"]}
+        return owned_ids(self.optimizers())
 
     def view(self, optimizer: Any) -> View:
         """The cached view of an optimizer, remade when its parameters changed."""
@@ -207,7 +207,7 @@ class Engine:
     def _fill(self, view: View, optimizer: Any) -> None:
         names = self._named()
         # A wrapper (SAM, Lookahead) lets the optimizer inside step: that one's step is the real one.
-        inner = {id(p) for o in inner_optimizers(optimizer) for g in o.param_groups for p in g["params"]}
+        inner = owned_ids(inner_optimizers(optimizer))
         view.params = [list(group["params"]) for group in optimizer.param_groups]
         view.wraps = any(key in names for key in inner)
         view.buckets = [

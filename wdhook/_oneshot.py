@@ -83,8 +83,8 @@ def apply_weight_decay(
             _, params, grads = buckets.setdefault(kind, (by, [], []))
             params.append(param)
             grads.append(grad)
-        for (_, device, _, plain), (by, params, grads) in buckets.items():
-            many = plain and len(params) > 1 if foreach is None else foreach
+        for (_, device, *_), (by, params, grads) in buckets.items():
+            many = arithmetic.use_foreach(foreach, params)
             if mode == "coupled":
                 arithmetic.add_all_(grads, params, float(by), arithmetic.loss_scale(scaler, device), many)
             else:
@@ -170,6 +170,6 @@ def _check_unattached(chosen: list[tuple[nn.Parameter, Decision]]) -> None:
 def _decay_rows(param: Tensor, grad: Tensor, by: Number, mode: str, scaler: Any | None) -> None:
     if mode == "coupled":
         scale = arithmetic.loss_scale(scaler, grad.device)
-        arithmetic.add_rows_(grad, param, by if scale is None else by * scale, None)
+        arithmetic.add_rows_(grad, param, arithmetic.scaled(by, scale), None)
     else:
         arithmetic.mul_rows_(grad, param, by, None)

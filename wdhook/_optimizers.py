@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from types import CodeType, FrameType
 from typing import Any
@@ -82,6 +82,11 @@ def check_supports_decoupled(optimizer: Optimizer) -> None:
             '  Use mode="coupled", or give the optimizer wdhook.param_groups(model, λ) and let it decay'
         )
     return None
+
+
+def owned_ids(optimizers: Iterable[Any]) -> set[int]:
+    """ids of the parameters that some of the optimizers hold."""
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
 def inner_optimizers(optimizer: object) -> Iterator[Optimizer]:

@@ -140,7 +140,7 @@ def _add(engine: Engine, optimizer: Optimizer, due: list[Due], alpha: float) -> 
     # A fused optimizer under a GradScaler un-scales inside its kernel: its gradients are scaled still.
     scale = getattr(optimizer, "grad_scale", None)
     params, grads = _dense(due)
-    arithmetic.add_all_(grads, params, alpha, scale, _foreach(engine, params))
+    arithmetic.add_all_(grads, params, alpha, scale, arithmetic.use_foreach(engine.settings.foreach, params))
     for param, grad, entry in due:
         if grad.is_sparse:
             rows = entry.rows if entry.decayed else None
@@ -152,7 +152,7 @@ def _multiply(engine: Engine, optimizer: Optimizer, due: list[Due], by: Number) 
     if found_inf is not None:
         by = arithmetic.unless(found_inf, by)
     params, _ = _dense(due)
-    arithmetic.mul_all_(params, by, _foreach(engine, params))
+    arithmetic.mul_all_(params, by, arithmetic.use_foreach(engine.settings.foreach, params))
     for param, grad, _ in due:
         if grad.is_sparse:
             arithmetic.mul_rows_(grad, param, by, None)
@@ -162,9 +162,3 @@ def _dense(due: list[Due]) -> tuple[list[Tensor], list[Tensor]]:
     """Parameters and gradients, without those whose gradient is sparse."""
     dense = [(param, grad) for param, grad, _ in due if not grad.is_sparse]
     return [param for param, _ in dense], [grad for _, grad in dense]
-
-
-def _foreach(engine: Engine, params: list[Tensor]) -> bool:
-    if engine.settings.foreach is not None:
-        return engine.settings.foreach and bool(params)
-    return len(params) > 1 and arithmetic.is_plain(params[0])
