@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from processes import Group
 
 from wdhook import _listener
 
@@ -19,3 +20,19 @@ def _leaves_nothing_attached() -> Iterator[None]:
     for engine in _listener.attached():
         engine.close()
     assert not _listener._registered
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Group]:
+    """Two processes that have met."""
+    group = Group(2)
+    yield group
+    group.stop()
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Group]:
+    """Four processes that have met."""
+    group = Group(4)
+    yield group
+    group.stop()
