@@ -110,6 +110,29 @@ def test_an_attached_model_can_be_collected(at: str, keep: bool) -> None:
         handle.remove()
 
 
+@pytest.mark.parametrize(("at", "steps_before"), [("backward", 0), ("backward", 1), ("step", 1)])
+def test_parameters_that_outlive_their_modules(at: str, steps_before: int) -> None:
+    """Functional code and exported graphs may share parameters whose modules are gone: they are decayed on."""
+    ends = []
+    for own in (0.0, λ):
+        model = perceptron(seed=3)
+        weight = model[0].weight
+        optimizer = SGD([weight], lr=LR, weight_decay=own)
+        if not own:
+            wdhook.attach(model, λ, at=at)
+        for step in range(4):
+            if step == steps_before:
+                model = None
+            optimizer.zero_grad()
+            weight.square().sum().backward()
+            optimizer.step()
+        ends.append(weight.detach().clone())
+        del weight, optimizer
+    gc.collect()
+    assert not _listener._registered
+    assert torch.equal(*ends)
+
+
 def test_the_collection_test_can_fail() -> None:
     """The check above sees a model that something keeps."""
     model = perceptron()
@@ -232,7 +255,8 @@ def test_the_state_of_a_handle() -> None:
     go(twin, optimizer, handle, range(3))
     saved = pickle.loads(pickle.dumps([twin.state_dict(), optimizer.state_dict(), handle.state_dict()]))
     handle.remove()
-    assert saved[2] == {"weight_decay": pytest.approx(0.3), "mode": "independent", "lr_peaks": [{0: 0.2}]}
+    peaks = dict.fromkeys(("0.weight", "3.weight", "5.weight"), 0.2)
+    assert saved[2] == {"weight_decay": pytest.approx(0.3), "mode": "independent", "lr_peaks": [peaks]}
     resumed = perceptron(seed=9)
     optimizer, handle = parts(resumed)
     resumed.load_state_dict(saved[0])

@@ -100,16 +100,25 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def use_foreach(asked: bool | None, params: list[Tensor]) -> bool:
-    """Whether tensors of one kind go through a foreach kernel: as asked, else where there are several it knows."""
+    """Whether tensors of one kind go through a foreach kernel: as asked, else where it does the same with several."""
     if asked is not None:
         return asked and bool(params)
-    return len(params) > 1 and is_plain(params[0])
+    return len(params) > 1 and is_plain(params[0]) and not _foreach_rounds(params[0])
 
 
-def content(grad: Tensor) -> Tensor:
-    """Whether any element of a gradient (of a DTensor: of its local shard) is not zero, as a 0-dim tensor."""
+def _foreach_rounds(param: Tensor) -> bool:
+    """Whether foreach kernels round a Python number to the precision of the tensor first, as those of the CPU do."""
+    return param.is_cpu and param.dtype in (torch.float16, torch.bfloat16)
+
+
+def content(grad: Tensor) -> Tensor | None:
+    """Whether any element of a gradient (of a DTensor: of its local shard) is not zero, as a 0-dim tensor.
+
+    None where there is no element: a shard may be empty.
+    """
     local: Tensor = grad.to_local() if hasattr(grad, "to_local") else grad
-    return (local._values() if local.is_sparse else local).any()
+    values = local._values() if local.is_sparse else local
+    return values.any() if values.numel() else None
 
 
 def add_rows_(grad: Tensor, param: Tensor, weight_decay: Number, seen: Tensor | None) -> Tensor:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, but torch._dynamo is imported by the first call
 from torch.utils.hooks import RemovableHandle
 
 from . import _arithmetic as arithmetic
 from ._guards import decays_itself
 from ._state import Entry
+from ._window import local_version
 
 if TYPE_CHECKING:
     from ._engine import Engine
@@ -23,7 +27,30 @@ Hook = Callable[[Tensor], None]
 
 def make_hook(engine: Engine, entry: Entry) -> Hook:
     """The hook for one parameter. It owns `entry`, and keeps the engine alive."""
-    return _coupled_hook(engine, entry) if engine.settings.mode == "coupled" else _decoupled_hook(engine, entry)
+    kind = _coupled_hook if engine.settings.mode == "coupled" else _decoupled_hook
+    return _never_compiled(kind(engine, entry))
+
+
+def _never_compiled(hook: Hook) -> Hook:
+    """`torch.compiler.disable`, but at no cost for each call, and without importing torch._dynamo.
+
+    A backward pass inside a compiled function would compile the hook anew for each shape of parameter. Compiled
+    autograd would inline it, with guards on its window and on λ.
+    """
+    dynamo: Any = torch._C._dynamo.eval_frame
+    try:
+        skip = dynamo._FrameAction.SKIP
+        dynamo.set_code_exec_strategy(hook.__code__, dynamo._FrameExecStrategy(skip, skip))  # and all that it calls
+    except AttributeError:  # before torch 2.7
+        return partial(_aside, hook)
+    vars(hook)["_torchdynamo_disable"] = True
+    vars(hook)["_torchdynamo_disable_msg"] = 'wdhook decays in a hook; attach(..., at="step") has none in the backward'
+    return hook
+
+
+@_disable_dynamo
+def _aside(hook: Hook, param: Tensor) -> None:
+    hook(param)
 
 
 def register_first(param: Tensor, hook: Hook) -> RemovableHandle:
@@ -72,6 +99,8 @@ def _coupled_hook(engine: Engine, entry: Entry) -> Hook:
         entry.stamp = entry.owner.steps
         entry.buffer = ref(grad)
         entry.version = grad._version
+        if type(grad) is not Tensor:
+            entry.local = local_version(grad)
 
     return hook
 
@@ -182,18 +211,27 @@ class Witness:
         others = [(entry, grad) for entry, grad in _changed(engine) if entry is not asking]
         contents = [arithmetic.content(grad) for _, grad in others]  # all before the first is waited for
         for (entry, grad), content in zip(others, contents, strict=True):
+            if content is None:
+                continue  # an empty shard tells nothing
             self._zeroed[entry] = not bool(content)
             entry.version = grad._version
             if self._zeroed[entry]:
                 entry.reopen()  # also where this pass will not reach it
+        if not self._zeroed and _in_compiled_autograd():
+            # What a backend compiles may change a gradient more than once. None was zeroed where one is unchanged.
+            pairs = [(param, entry) for param, entry in engine.pairs() if entry is not asking and entry.decayed]
+            self._zeroed.update({entry: False for param, entry in pairs if entry.buffer() is param.grad is not None})
+
+
+def _in_compiled_autograd() -> bool:
+    return getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "in_compiled_autograd_region", False)
 
 
 def _changed(engine: Engine) -> Iterator[tuple[Entry, Tensor]]:
     """Entries whose marked gradient is still there, and was changed since by something else than a hook's pass."""
-    for _, param in engine.parameters():
-        entry, grad = engine.entry(param), param.grad
-        if entry is not None and grad is not None and entry.was_touched(grad):
-            yield entry, grad
+    for param, entry in engine.pairs():
+        if param.grad is not None and entry.was_touched(param.grad):
+            yield entry, param.grad
 
 
 def _kinship(one: Entry, other: Entry) -> tuple[bool, int]:

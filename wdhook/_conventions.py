@@ -38,6 +38,11 @@ def is_plain(parameter: torch.Tensor) -> bool:
     return type(parameter) is nn.Parameter and not parameter.__dict__
 
 
+def is_flattened(parameter: torch.Tensor) -> bool:
+    """Whether FSDP made the parameter of several: it is an `nn.Parameter` that says so."""
+    return "_is_flat_param" in parameter.__dict__
+
+
 def parameter_mark(parameter: torch.Tensor) -> tuple[float, str] | None:
     """An explicit weight decay that somebody wrote on the parameter itself, with its reason."""
     options = getattr(parameter, "_optim", None)  # S4: {"weight_decay": 0.0, "lr": ...}

@@ -10,15 +10,20 @@ from typing import Any
 
 from torch import nn
 
+from ._conventions import bare_name
 from ._errors import WdhookError
 from ._numbers import check_factor
 from ._role_names import Role
 from ._table import diff_table, plan_table
 
-_RENAMED = re.compile(r"(?<![^.])(?:base_layer\.|parametrizations\.(?P<local>\w+)\.original\d*$)")
+# What parametrizations, pruning, the older norms of weights, and adapters insert into or add to parameter names.
+_RENAMED = re.compile(
+    r"(?<![^.])(?:(?:base_layer|original_module|modules_to_save\.[^.]+)\."
+    r"|parametrizations\.(?P<local>\w+)\.original\d*$|(?P<pruned>\w+)_orig$|(?P<normed>weight\w*)_v$)"
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Decision:
     """What happens to one parameter.
 
@@ -108,19 +113,14 @@ class Plan(Mapping[str, Decision]):
 
         return Plan(self._weight_decay, {name: own(d) for name, d in self.items()}, self._model())
 
-    def inherited(self, new: Decision) -> Decision:
-        """`new`, unless it is a known parameter under another name whose exemption or absolute λ it has to keep.
-
-        A parametrization moves ``weight`` to ``parametrizations.weight.original``, an adapter to ``base_layer.weight``.
-        """
-        old = self.get(_RENAMED.sub(lambda found: found["local"] or "", new.name))
-        if old is None or old.follows or not new.eligible:
-            return new
-        return replace(new, weight_decay=old.weight_decay, follows=False, reason=f"was {old.name}: {old.reason}")
-
     def extended(self, newer: Iterable[Decision]) -> Plan:
-        """This plan, and after it the decisions on parameters that it does not know."""
-        more = {d.name: d for d in newer if d.name not in self}
+        """This plan, and after it the decisions on parameters that it does not know.
+
+        One that it knows by another name keeps its exemption or absolute λ: a parametrization moves ``weight`` to
+        ``parametrizations.weight.original``, an adapter to ``base_layer.weight``; removing them moves it back.
+        """
+        known = {_former_name(name): decision for name, decision in self.items()}
+        more = {d.name: _inheriting(d, known.get(_former_name(d.name))) for d in newer if d.name not in self}
         return Plan(self._weight_decay, {**self, **more}, self._model())
 
     def diff(self, other: Mapping[str, Decision]) -> PlanDiff:
@@ -195,6 +195,18 @@ class PlanDiff(Mapping[str, "tuple[Decision | None, Decision | None]"]):
 
     def __repr__(self) -> str:
         return f"PlanDiff({len(self)} tensors, {self.numel} elements)"
+
+
+def _former_name(name: str) -> str:
+    """The name before anything renamed the parameter."""
+    return _RENAMED.sub(lambda found: found["local"] or found["pruned"] or found["normed"] or "", bare_name(name))
+
+
+def _inheriting(new: Decision, old: Decision | None) -> Decision:
+    """`new`, with the exemption or absolute λ that its parameter had under another name."""
+    if old is None or old.follows or not new.eligible:
+        return new
+    return replace(new, weight_decay=old.weight_decay, follows=False, reason=f"was {old.name}: {old.reason}")
 
 
 def _λ(decision: Decision | None) -> float | None:

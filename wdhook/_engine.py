@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from ._backward import Witness, make_hook, register_first
 from ._conventions import bare_name
 from ._decisions import Plan
 from ._errors import WdhookWarning
-from ._optimizers import inner_optimizers, learning_rate, owned_ids, peak_learning_rate
+from ._optimizers import inner_optimizers, learning_rate, owned_ids, peak_learning_rate, zeroes_by_foreach
 from ._state import Entry, Pair, Settings, View
 from ._window import Owner
 
@@ -42,8 +43,9 @@ class Engine:
         self._entries: weakref.WeakValueDictionary[int, Entry] = weakref.WeakValueDictionary()
         self._views: Any = WeakIdKeyDictionary()
         self._unowned = Owner()
+        self._outliving: list[weakref.ref[Entry]] = []  # entries that were there when the last module died
         self._warned: set[str] = set()
-        self._peaks: list[Mapping[int, arithmetic.Number]] = []  # loaded, for optimizers still to come
+        self._peaks: list[dict[str, arithmetic.Number]] = []  # loaded, for optimizers still to come
 
     # ---------------------------------------------------------------- life cycle
 
@@ -69,7 +71,16 @@ class Engine:
         self.on_close()
 
     def _module_died(self, _: object) -> None:
-        if not self.closed and all(module() is None for module in self._modules.values()):
+        if self.closed or any(module() is not None for module in self._modules.values()):
+            return
+        # Parameters may be trained on without a module: exported graphs and functional code share them.
+        self._outliving = [weakref.ref(entry, self._entry_died) for entry in self._entries.values()]
+        self._entry_died(None)
+
+    def _entry_died(self, ref: object) -> None:
+        if ref is not None:
+            self._outliving.pop()  # it counts; which is which does not matter
+        if not self._outliving and not self.closed:
             self.close()
 
     def warn_once(self, key: str, message: str) -> None:
@@ -107,34 +118,57 @@ class Engine:
         peak = view.peaks[index] = peak_learning_rate(group, view.peaks.get(index), lr)
         return arithmetic.factor(lr, weight_decay, peak)
 
-    def lr_peaks(self) -> list[dict[int, arithmetic.Number]]:
-        """For each optimizer in the order of its first appearance: param group index → largest lr."""
-        return [dict(view.peaks) for view in self._views.values() if view.has_entries()]
+    def lr_peaks(self) -> list[dict[str, arithmetic.Number]]:
+        """For each optimizer: name of each parameter that it decays → largest lr of its param group."""
+        met = [known for view in self._views.values() if (known := view.peaks_by_name())]
+        return met + self._peaks
 
-    def set_lr_peaks(self, peaks: Sequence[Mapping[int, arithmetic.Number]]) -> None:
+    def set_lr_peaks(self, peaks: Sequence[Mapping[str, arithmetic.Number]]) -> None:
         """Undo of `lr_peaks`; optimizers that have not been seen yet get theirs when they are."""
-        views = [view for view in self._views.values() if view.has_entries()]
-        for view, known in zip(views, peaks):  # noqa: B905 - either may be longer
-            view.peaks.update(known)
-        self._peaks = list(peaks)[len(views) :]
+        self._peaks = [dict(known) for known in peaks]
+        for view in self._views.values():
+            self._recall(view)
+
+    def _recall(self, view: View) -> None:
+        """Give a view the first loaded peaks that name a parameter of its own. The order of optimizers may differ."""
+        for index, known in enumerate(self._peaks):
+            if view.set_peaks(known):
+                del self._peaks[index]
+                return
+
+    def restart(self) -> None:
+        """Training goes on from another point: what was shrunk in the backward since the last step is gone."""
+        if self.settings.mode != "coupled":
+            for entry in self._entries.values():
+                entry.reopen()
 
     # ---------------------------------------------------------------- parameters
 
+    def model(self) -> nn.Module:
+        """The model as it is now; if it has died, a container with those of its modules that live."""
+        model = self._root()
+        return model if model is not None else _container({path: ref() for path, ref in self._modules.items()})
+
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of the model as it is now."""
-        model = self._root()
-        if model is not None:
-            yield from model.named_parameters()
-            return
-        for path, ref in self._modules.items():
-            module = ref()
-            for local, param in module._parameters.items() if module is not None else ():
-                if param is not None:
-                    yield f"{path}.{local}" if path else local, param
+        return self.model().named_parameters()
 
     def entry(self, param: Tensor) -> Entry | None:
         """The entry of a parameter that is hooked or has been stepped."""
         return self._entries.get(id(param))
+
+    def pairs(self) -> Iterator[Pair]:
+        """Every known parameter with its entry.
+
+        In a backward pass FSDP2 shows the model whole parameters; only the optimizers still have the sharded ones.
+        """
+        owned = (pair for view in self._views.values() for pair in chain.from_iterable(chain(*view.buckets)))
+        found = {id(param): (param, entry) for param, entry in owned}
+        for _, param in self.parameters():
+            entry = self.entry(param)
+            if entry is not None:
+                found[id(param)] = param, entry
+        yield from found.values()
 
     def track(self, name: str, param: Tensor) -> Entry | None:
         """The entry of a parameter, made and hooked if there is none yet; None if it is exempt."""
@@ -161,15 +195,13 @@ class Engine:
     def _named(self) -> dict[int, str]:
         """id → name in the plan, for the model as it is now; modules added since are decided now."""
         found = {}
-        model = self._root()
-        for name, param in self.parameters():
+        model = self.model()
+        for name, param in model.named_parameters():
             bare = bare_name(name)
             known = name if name in self._plan else bare if bare in self._plan else None
-            if known is None and model is not None:
+            if known is None:
                 newer = self.settings.replan(model, self._plan.weight_decay).values()
-                self._plan = self._plan.extended(
-                    self._plan.inherited(d) for d in newer if bare_name(d.name) not in self._plan
-                )
+                self._plan = self._plan.extended(d for d in newer if bare_name(d.name) not in self._plan)
                 known = name
             if known is not None:
                 found[id(param)] = known
@@ -199,13 +231,17 @@ class Engine:
         self._fill(view, optimizer)
         return view
 
+    def sees_one_optimizer(self) -> bool:
+        """Whether no more than one optimizer that owns a decayed parameter is known."""
+        return sum(1 for view in self._views.values() if view.has_entries()) < 2
+
     def known_view(self, optimizer: Any) -> View | None:
         """The view of an optimizer that was met before, as it was then."""
         view: View | None = self._views.get(optimizer)
         return view
 
     def _fill(self, view: View, optimizer: Any) -> None:
-        names = self._named()
+        names = self._named() | {key: entry.name for key, entry in self._entries.items()}
         # A wrapper (SAM, Lookahead) lets the optimizer inside step: that one's step is the real one.
         inner = owned_ids(inner_optimizers(optimizer))
         view.params = [list(group["params"]) for group in optimizer.param_groups]
@@ -219,22 +255,25 @@ class Engine:
         view.strays = list(self._strays()) if self.was_given(optimizer) else []
         view.checked = False
         self.was_owned |= view.has_entries()
-        if self._peaks and view.has_entries() and not view.peaks:
-            view.peaks.update(self._peaks.pop(0))
+        view.dtypes = [bucket[0][0].dtype for buckets in view.buckets for bucket in buckets]
+        if not view.peaks:
+            self._recall(view)
 
     def _buckets(self, view: View, optimizer: Any, index: int, named: Mapping[str, Tensor]) -> list[list[Pair]]:
         """The decayed parameters of one param group, by what one foreach call can take."""
         sign = -1.0 if optimizer.param_groups[index].get("maximize") else 1.0
+        foreach = zeroes_by_foreach(optimizer)
         buckets: dict[Any, list[Pair]] = {}
         for name, param in named.items():
             entry = self.track(name, param)
             if entry is None:
                 continue
-            if entry.place is None or self.was_given(optimizer):
+            if entry.place is None or entry.place[0]() is None or self.was_given(optimizer):
                 entry.place = weakref.ref(optimizer), index
             if entry.decayed and entry.sign != sign:
                 view.turned = name
             entry.sign = sign
+            entry.blind = foreach and hasattr(param, "to_local")
             entry.set(entry.weight_decay)
             entry.move(view.owner)
             kind = (entry.weight_decay, entry.follows, param.device, param.dtype, arithmetic.is_plain(param))
@@ -247,3 +286,22 @@ class Engine:
             entry = self.entry(param)
             if entry is not None and id(param) not in owned:
                 yield param, entry
+
+
+def _container(modules: Mapping[str, nn.Module | None]) -> nn.Module:
+    """A module that holds the living ones of `modules` under their paths. Nothing is added to any of them."""
+    placed: dict[str, nn.Module] = {"": nn.Module()}
+
+    def place(path: str) -> nn.Module:
+        if path not in placed:
+            above, _, local = path.rpartition(".")
+            parent = place(above)
+            module = modules.get(path)
+            placed[path] = module if module is not None else nn.Module()
+            if modules.get(above) is None:  # one that lives has its children already
+                parent.add_module(local, placed[path])
+        return placed[path]
+
+    for path in modules:
+        place(path)
+    return placed[""]

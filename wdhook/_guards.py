@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._errors import DoubleDecayError, LossScaleError, MasterWeightsError, UnsupportedOptimizerError
+from ._errors import DoubleDecayError, LearningRateError, LossScaleError, MasterWeightsError, UnsupportedOptimizerError
 from ._numbers import is_number
 from ._optimizers import check_supports_decoupled, learning_rate, stepping_scaler
 
@@ -44,12 +46,15 @@ def check_step(engine: Engine, optimizer: Optimizer, view: View, claimed: bool) 
                 learning_rate(group, None)
     if settings.mode != "coupled":
         _check_strays(engine, view)
+        _check_place(engine, optimizer, view)
     elif settings.at == "backward":
         _check_loss_scale(engine, optimizer)
         _check_sign(optimizer, view)
     if not view.checked:
         if settings.mode != "coupled":
             check_supports_decoupled(optimizer)
+        elif settings.at == "backward":
+            _check_pipeline(view)
         _warn_of_rounding(engine, optimizer, view)
         view.checked = True
 
@@ -65,6 +70,13 @@ def _check_loss_scale(engine: Engine, optimizer: Optimizer) -> None:
             f"  optimizer: {type(optimizer).__name__}\n"
             '  Use attach(..., scaler=scaler), or attach(..., at="step")'
         )
+    if given is None and getattr(optimizer, "grad_scale", None) is not None:
+        raise LossScaleError(
+            "The optimizer divides the gradients by its `grad_scale`, and with them the decay that was added in the "
+            "backward.\n"
+            f"  optimizer: {type(optimizer).__name__}\n"
+            '  Use attach(..., at="step"), which knows `grad_scale`'
+        )
     if given is not None and given.is_enabled() and stepping is not given:
         raise LossScaleError(
             "The GradScaler that `attach` was given does not step the optimizer. If it did not scale the loss, the "
@@ -73,6 +85,25 @@ def _check_loss_scale(engine: Engine, optimizer: Optimizer) -> None:
             "  Use scaler.scale(loss).backward() and scaler.step(optimizer), or leave `scaler` out, or use "
             'attach(..., at="step")'
         )
+
+
+def _check_pipeline(view: View) -> None:
+    """Coupled decay in the backward must not be divided by a pipeline schedule that averages over micro-batches."""
+    schedules = sys.modules.get("torch.distributed.pipelining.schedules")
+    owned = {id(param): entry.name for buckets in view.buckets for bucket in buckets for param, entry in bucket}
+    for schedule in _living(getattr(schedules, "_PipelineSchedule", ())):
+        if not (getattr(schedule, "scale_grads", False) and schedule._n_microbatches > 1):
+            continue
+        for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
+            name = next((owned[id(p)] for p in stage.submod.parameters() if id(p) in owned), None)
+            if name is not None:
+                raise LossScaleError(
+                    "A pipeline schedule divides the gradients by the number of micro-batches, and with them the decay "
+                    "that was added in the backward.\n"
+                    f"  parameter: {name}\n  schedule: {type(schedule).__name__}(scale_grads=True), "
+                    f"{schedule._n_microbatches} micro-batches\n"
+                    '  Use attach(..., at="step"), or scale_grads=False with a loss_fn that divides by their number'
+                )
 
 
 def _check_sign(optimizer: Optimizer, view: View) -> None:
@@ -106,6 +137,28 @@ def _check_strays(engine: Engine, view: View) -> None:
     for param, entry in waiting:
         if id(param) not in owned:
             raise _master_weights(entry.name, param, "none of those given as `optimizer`")
+
+
+def _check_place(engine: Engine, optimizer: Optimizer, view: View) -> None:
+    """Decoupled decay in the backward has read the lr of one optimizer: another must not step with one of its own."""
+    given = engine.settings.lr
+    if engine.settings.at == "step" or is_number(given) or engine.sees_one_optimizer():
+        return
+    for index, buckets in enumerate(view.buckets):
+        for param, entry in chain.from_iterable(buckets):
+            other = entry.place[0]() if entry.place is not None else None
+            if not entry.decayed or entry.place is None or other is None or other is optimizer:
+                continue
+            read = learning_rate(other.param_groups[entry.place[1]], given)
+            own = learning_rate(optimizer.param_groups[index], given)
+            if read != own:
+                raise LearningRateError(
+                    "Decay in the backward has read the learning rate of another optimizer than the one that steps.\n"
+                    f"  parameter: {entry.name} {tuple(param.shape)}\n"
+                    f"  read from: {type(other).__name__}, lr {float(read):g}\n"
+                    f"  steps: {type(optimizer).__name__}, lr {float(own):g}\n"
+                    '  Use attach(..., at="step"), or attach again with optimizer= the one that steps'
+                )
 
 
 def _check_copies(engine: Engine, optimizer: Optimizer, view: View) -> None:
@@ -157,8 +210,13 @@ def _is_of_a_module(param: Tensor) -> bool:
 
     Looks through all objects of the process; asked once for an optimizer that steps what looks like a copy.
     """
-    modules = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Module))
+    modules = _living(torch.nn.Module)
     return any(param is p for module in modules for p in module.__dict__.get("_parameters", {}).values())
+
+
+def _living(kind: type[Any] | tuple[()]) -> Iterator[Any]:
+    """Every object of a class that the process holds. Slow; nothing is asked of objects of other classes."""
+    return (thing for thing in gc.get_objects() if issubclass(type(thing), kind)) if kind else iter(())
 
 
 def _waiting(engine: Engine) -> Iterator[tuple[str, Tensor]]:

@@ -103,6 +103,7 @@ class WeightDecay:
         self.weight_decay = state["weight_decay"]
         if self._engine is not None:
             self._engine.set_lr_peaks(state["lr_peaks"])
+            self._engine.restart()
 
     def __repr__(self) -> str:
         plan = self.plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch._compile import _disable_dynamo  # torch.compiler.disable, but torch._dynamo is imported by the first call
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -40,6 +41,7 @@ def _forget(key: int) -> None:
         _registered.pop().remove()
 
 
+@_disable_dynamo
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Check, then decay what is due; for a step with a closure, after each of the closure's runs."""
     # Nothing is changed for anybody before everybody has agreed.
@@ -70,11 +72,13 @@ def _decaying(closure: Callable[..., Any], optimizer: Optimizer, ours: list[tupl
     return wrapped
 
 
+@_disable_dynamo
 def _decay(optimizer: Optimizer, ours: list[tuple[Engine, View]], evaluated: bool) -> None:
     for engine, view in ours:
         step.decay(engine, optimizer, view, evaluated)
 
 
+@_disable_dynamo
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for engine in attached():
         step.end(engine, optimizer)

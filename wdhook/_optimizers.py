@@ -96,6 +96,12 @@ def inner_optimizers(optimizer: object) -> Iterator[Optimizer]:
             yield value
 
 
+def zeroes_by_foreach(optimizer: object) -> bool:
+    """Whether ``zero_grad(set_to_none=False)`` is a foreach kernel: it does not change the version of a DTensor."""
+    defaults = getattr(optimizer, "defaults", {})
+    return bool(defaults.get("foreach") or defaults.get("fused"))
+
+
 def own_mode(optimizer: Optimizer) -> str | None:
     """``"coupled"`` or ``"decoupled"`` where the formula of the optimizer's own decay is known."""
     kind = type(optimizer)

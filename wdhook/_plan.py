@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ._conventions import bare_name
+from ._conventions import bare_name, is_flattened
 from ._decisions import Decision, Plan
 from ._errors import ArgumentError, NothingToDecayError
 from ._numbers import check_factor
 from ._overrides import Candidate, Overrides, apply_overrides
+from ._role_names import Role
 from ._roles import DECAYED_ROLES, classified
 
 
@@ -41,6 +42,7 @@ def plan(
     Raises:
         ArgumentError: an argument has no meaning.
         SelectorError: a selector matches nothing.
+        NothingToDecayError: FSDP has flattened parameters into one, of which no part can be decayed.
 
     >>> import torch, wdhook
     >>> plan = wdhook.plan(torch.nn.Linear(3, 2), 1e-4)
@@ -68,6 +70,7 @@ def decide(
                 guess=False,
                 follows=given is None,
             )
+    _refuse_flattened(model, decisions)
     return Plan(value, decisions, model)
 
 
@@ -99,6 +102,19 @@ def require_eligible(plan: Plan) -> None:
             f"  parameters: {len(plan)}\n  roles: {roles}\n"
             '  Print wdhook.plan(model, λ) for the reasons; include more with overrides={"<glob>": True}'
         )
+
+
+def _refuse_flattened(model: nn.Module, decisions: Mapping[str, Decision]) -> None:
+    """Raise for a parameter that FSDP made of weights, biases and scales: it would not be decayed."""
+    suspects = {d.name for d in decisions.values() if d.role is Role.OTHER and not d.eligible}
+    for name, parameter in model.named_parameters() if suspects else ():
+        if name in suspects and is_flattened(parameter) and parameter.requires_grad:
+            raise NothingToDecayError(
+                "FSDP has flattened the parameters of a module into one: its weights cannot be told from its biases.\n"
+                f"  parameter: {name} {tuple(parameter.shape)}\n"
+                "  Use FullyShardedDataParallel(..., use_orig_params=True), or fully_shard(...). To decay the whole, "
+                'biases too: overrides={"*_flat_param": True} with at="step"'
+            )
 
 
 def _follow_roles(model: nn.Module, weight_decay: float) -> dict[str, Decision]:

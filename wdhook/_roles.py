@@ -19,7 +19,15 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from wdhook._conventions import embedding_mark, is_plain, kinds_with, module_marks, parameter_mark, role_mark
+from wdhook._conventions import (
+    embedding_mark,
+    is_flattened,
+    is_plain,
+    kinds_with,
+    module_marks,
+    parameter_mark,
+    role_mark,
+)
 from wdhook._role_names import Family, Hint, Role, family_of, may_hold_weight, meaning_of
 
 __all__ = ["DECAYED_ROLES", "Role", "Verdict", "classify"]
@@ -105,7 +113,7 @@ def _packed(parameter: torch.Tensor) -> Verdict | None:
     """The verdict on storage that is not one array of numbers to shrink."""
     if not (parameter.is_floating_point() or parameter.is_complex()) or type(parameter).__name__ == "Params4bit":
         return Verdict(Role.OTHER, f"packed as {str(parameter.dtype).removeprefix('torch.')}, cannot be decayed")
-    if type(parameter).__name__ == "FlatParameter":
+    if is_flattened(parameter):
         return Verdict(Role.OTHER, "flattened by FSDP, holds several roles (use_orig_params=True)", guess=True)
     return None
 
@@ -181,10 +189,12 @@ def _family(owner: nn.Module, kind: str) -> Family | None:
 
 
 def _class_name(owner: nn.Module) -> str:
-    """The name of the class as it was written: a scripted module keeps it aside."""
+    """The name of the class as it was written: a scripted module keeps it aside, FSDP2 inherits from it."""
     if isinstance(owner, torch.jit.ScriptModule):
         return str(owner.original_name)
-    return type(owner).__name__.removeprefix("Parametrized")
+    names = [base.__name__ for base in type(owner).__mro__]
+    written = names[names.index("FSDPModule") + 1] if "FSDPModule" in names else names[0]
+    return written.removeprefix("Parametrized")
 
 
 def _vectorlike(shape: Shape) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -65,6 +67,7 @@ class View:
         self.owner = Owner(heard=isinstance(optimizer, Optimizer))
         self.params: list[list[Tensor]] = []  # as they were when the view was made
         self.buckets: list[list[list[Pair]]] = []  # per group: pairs that one foreach call can take
+        self.dtypes: list[torch.dtype] = []  # of the first parameter in each bucket, when the view was made
         self.peaks: dict[int, Number] = {}  # per group: the largest lr so far
         self.strays: list[Pair] = []  # tracked, and in no group of any optimizer given
         self.turned: str | None = None  # decayed before it was known that the optimizer maximizes
@@ -73,12 +76,39 @@ class View:
         self.checked = False
 
     def is_current(self, optimizer: Any) -> bool:
-        """Whether the optimizer still holds just the parameters that it held when the view was made."""
+        """Whether the optimizer still holds just the parameters that it held when the view was made.
+
+        Converting a model keeps its parameters, and what can be said of their precision changes.
+        """
         groups = optimizer.param_groups
-        return len(groups) == len(self.params) and all(
-            len(group["params"]) == len(known) and all(map(is_, group["params"], known))
-            for group, known in zip(groups, self.params, strict=True)
+        return (
+            len(groups) == len(self.params)
+            and all(
+                len(group["params"]) == len(known) and all(map(is_, group["params"], known))
+                for group, known in zip(groups, self.params, strict=True)
+            )
+            and all(map(is_, (pairs[0][0].dtype for pairs in chain.from_iterable(self.buckets)), self.dtypes))
         )
+
+    def peaks_by_name(self) -> dict[str, Number]:
+        """Parameter → largest lr of its param group, as plain numbers where they are no tensors."""
+        return {
+            entry.name: peak if isinstance(peak := self.peaks[index], Tensor) else float(peak)
+            for index, buckets in enumerate(self.buckets)
+            if index in self.peaks
+            for _, entry in chain.from_iterable(buckets)
+        }
+
+    def set_peaks(self, known: Mapping[str, Number]) -> bool:
+        """Undo of `peaks_by_name`; False where it names no parameter of this optimizer."""
+        found = {
+            index: known[entry.name]
+            for index, buckets in enumerate(self.buckets)
+            for _, entry in chain.from_iterable(buckets)
+            if entry.name in known
+        }
+        self.peaks.update(found)
+        return bool(found)
 
     def has_entries(self) -> bool:
         """Whether the optimizer owns any decayed parameter."""

@@ -29,13 +29,15 @@ class Owner:
 class Window:
     """Whether one parameter still has to be decayed before the next step of its owner."""
 
-    __slots__ = ("__weakref__", "buffer", "owner", "rows", "stamp", "version")
+    __slots__ = ("__weakref__", "blind", "buffer", "local", "owner", "rows", "stamp", "version")
 
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
         self.stamp = -1  # the value of `owner.steps` when the decay happened
         self.buffer: Any = None  # weak reference to the gradient that holds the decay
         self.version = 0  # of that gradient, when it was last looked at
+        self.local = 0  # the version of its local shard, if it is sharded
+        self.blind = False  # zeroing it may leave no trace in its version
         self.rows: Tensor | None = None  # sparse gradients: the rows that were decayed
 
     @property
@@ -48,6 +50,7 @@ class Window:
         self.stamp = self.owner.steps
         self.buffer = weakref.ref(grad)
         self.version = grad._version
+        self.local = local_version(grad)
 
     def reopen(self) -> None:
         """Forget the decay of this window: the buffer that held it was thrown away."""
@@ -80,15 +83,22 @@ class Window:
         if marked is not grad:
             return _is_sum(grad)
         changes, self.version = grad._version - self.version, grad._version
-        # Autograd's own accumulation is one change, FSDP2's (to the local part of a DTensor) is none.
-        return True if changes <= (0 if hasattr(grad, "to_local") else 1) else None
+        # Autograd's own accumulation is one change. FSDP2's is none: it is one of the local shard, which counts apart.
+        known, self.local = self.local, local_version(grad)
+        return True if changes <= (self.local == known) and not self.blind else None
 
     def was_touched(self, grad: Tensor) -> bool:
         """Whether the marked buffer is still in place but was changed since it was looked at."""
         marked = self.buffer() if self.decayed else None
         if grad._is_view():
             return self.decayed
-        return marked is grad and grad._version != self.version
+        return marked is grad and (self.blind or grad._version != self.version)
+
+
+def local_version(grad: Tensor) -> int:
+    """The version of what this rank holds of a sharded gradient (DTensor); 0 for any other."""
+    local = getattr(grad, "_local_tensor", None)
+    return 0 if local is None else local._version
 
 
 def _is_sum(grad: Tensor) -> bool:
