@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ._decisions import Plan
 from ._errors import ArgumentError, LearningRateError
 from ._numbers import check_factor, is_number
-from ._optimizers import LearningRate, check_supports_decoupled, learning_rate
+from ._optimizers import LearningRate, check_supports_decoupled, innermost, learning_rate, tells_of_steps
 from ._overrides import Overrides
 from ._plan import plan
 
@@ -64,8 +64,9 @@ def check_lr(mode: str, at: str, optimizers: tuple[Any, ...], lr: LearningRate |
         return
     for optimizer in optimizers:
         check_supports_decoupled(optimizer)
-        if lr is None:
-            for group in optimizer.param_groups:
+        for stepping in innermost(optimizer) if lr is None else ():
+            _check_steps_by_its_groups(stepping)
+            for group in stepping.param_groups:
                 learning_rate(group, None)
     if at == "backward" and not optimizers and (lr is None or callable(lr) or mode == "independent"):
         raise LearningRateError(
@@ -75,11 +76,21 @@ def check_lr(mode: str, at: str, optimizers: tuple[Any, ...], lr: LearningRate |
         )
 
 
+def _check_steps_by_its_groups(optimizer: Any) -> None:
+    if isinstance(optimizer, Optimizer) and not tells_of_steps(optimizer):
+        raise LearningRateError(
+            "The optimizer has no step(): it updates inside the backward pass, with a learning rate that it is given "
+            "there, and not that of its param groups (as LOMO does).\n"
+            f"  optimizer: {type(optimizer).__name__}\n"
+            '  Give it with `lr=`, a float or a function of the group, or use mode="coupled"'
+        )
+
+
 def check_step_is_heard(at: str, optimizers: tuple[Any, ...]) -> None:
-    for optimizer in optimizers:
-        if at == "step" and not isinstance(optimizer, Optimizer):
+    for optimizer in (stepping for given in optimizers for stepping in innermost(given)):
+        if at == "step" and not tells_of_steps(optimizer):
             raise ArgumentError(
-                'at="step" hears the steps of torch.optim.Optimizer and its subclasses only.\n'
+                'at="step" hears the step() of torch.optim.Optimizer and its subclasses only.\n'
                 f'  optimizer: {type(optimizer).__name__}\n  Use at="backward"'
             )
 

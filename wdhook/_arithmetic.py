@@ -24,7 +24,11 @@ Number = float | Tensor
 
 def factor(lr: Number, weight_decay: float, peak: Number | None = None) -> Number:
     """What decoupled (or, with `peak`, independent) decay multiplies a parameter with."""
-    return 1 - lr * weight_decay if peak is None else 1 - (lr / peak) * weight_decay
+    if peak is None:
+        return 1 - lr * weight_decay
+    if isinstance(peak, Tensor):
+        return 1 - torch.where(peak > 0, lr / peak, 0.0) * weight_decay
+    return 1 - (lr / peak) * weight_decay if peak else 1.0  # a warm-up that starts at 0
 
 
 def unless(found_inf: Tensor, value: Number) -> Tensor:
@@ -51,9 +55,12 @@ def add_(grad: Tensor, param: Tensor, weight_decay: float, scale: Tensor | None 
         # Reading a CPU scalar costs no synchronisation, and a power of two times λ is exact: after
         # un-scaling the gradient equals an unscaled one to the last bit.
         grad.add_(param, alpha=weight_decay * scale.item())
-    else:
+    elif is_plain(grad):
         # One more rounding (of λ·p) than above, the price of leaving the scale on the device.
         grad.addcmul_(param, scale.to(grad.device, non_blocking=True), value=weight_decay)
+    else:
+        # A DTensor may be a partial sum, to which nothing can be added but in an addition.
+        grad.add_(param * scale.to(grad.device, non_blocking=True), alpha=weight_decay)
 
 
 def is_on_cpu(scale: Tensor) -> bool:

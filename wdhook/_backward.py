@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,34 +23,37 @@ if TYPE_CHECKING:
     from ._engine import Engine
 
 Hook = Callable[[Tensor], None]
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def make_hook(engine: Engine, entry: Entry) -> Hook:
     """The hook for one parameter. It owns `entry`, and keeps the engine alive."""
     kind = _coupled_hook if engine.settings.mode == "coupled" else _decoupled_hook
-    return _never_compiled(kind(engine, entry))
+    return never_compiled(kind(engine, entry))
 
 
-def _never_compiled(hook: Hook) -> Hook:
+def never_compiled(function: _F) -> _F:
     """`torch.compiler.disable`, but at no cost for each call, and without importing torch._dynamo.
 
     A backward pass inside a compiled function would compile the hook anew for each shape of parameter. Compiled
-    autograd would inline it, with guards on its window and on λ.
+    autograd and a compiled step would inline what they call, with guards on windows and λ.
     """
     dynamo: Any = torch._C._dynamo.eval_frame
     try:
         skip = dynamo._FrameAction.SKIP
-        dynamo.set_code_exec_strategy(hook.__code__, dynamo._FrameExecStrategy(skip, skip))  # and all that it calls
+        dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))  # and all it calls
     except AttributeError:  # before torch 2.7
-        return partial(_aside, hook)
-    vars(hook)["_torchdynamo_disable"] = True
-    vars(hook)["_torchdynamo_disable_msg"] = 'wdhook decays in a hook; attach(..., at="step") has none in the backward'
-    return hook
+        return cast(_F, partial(_aside, function))
+    vars(function)["_torchdynamo_disable"] = True
+    vars(function)["_torchdynamo_disable_msg"] = (
+        'wdhook decays in hooks, which run in Python; at="step" has none in the backward'
+    )
+    return function
 
 
 @_disable_dynamo
-def _aside(hook: Hook, param: Tensor) -> None:
-    hook(param)
+def _aside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
 
 
 def register_first(param: Tensor, hook: Hook) -> RemovableHandle:

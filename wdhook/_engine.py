@@ -17,7 +17,16 @@ from ._backward import Witness, make_hook, register_first
 from ._conventions import bare_name
 from ._decisions import Plan
 from ._errors import WdhookWarning
-from ._optimizers import inner_optimizers, learning_rate, owned_ids, peak_learning_rate, zeroes_by_foreach
+from ._guards import check_own_decay
+from ._members import Members
+from ._optimizers import (
+    inner_optimizers,
+    learning_rate,
+    maximizes,
+    owned_ids,
+    peak_learning_rate,
+    zeroes_by_foreach,
+)
 from ._state import Entry, Pair, Settings, View
 from ._window import Owner
 
@@ -33,13 +42,13 @@ class Engine:
         self.foreign_steps = 0  # while one of ours waited with a gradient, and nobody owned any
         self.was_owned = False  # some optimizer that stepped or was given owns a decayed parameter
         self.running: list[int] = []  # the optimizers whose steps have begun and not ended
+        self.outside: tuple[Tensor, Tensor] | None = None  # a parameter, and a copy as the step of a wrapper began
+        self.replicas: list[weakref.ref[Any]] | None = None  # DistributedDataParallel modules, once looked for
         self.witness = Witness()
         self.on_close: Callable[[], None] = lambda: None
         self._plan = plan
         self._weight_decay = plan.weight_decay
-        self._root = weakref.ref(model)
-        # A container made only for `attach` may die while its members train on: know the members too.
-        self._modules = {path: weakref.ref(m, self._module_died) for path, m in model.named_modules()}
+        self._members = Members(model, self._members_died)
         self._entries: weakref.WeakValueDictionary[int, Entry] = weakref.WeakValueDictionary()
         self._views: Any = WeakIdKeyDictionary()
         self._unowned = Owner()
@@ -55,7 +64,9 @@ class Engine:
             for name, param in self.parameters():
                 self.track(name, param)
             for optimizer in self.optimizers():
-                self.view(optimizer)
+                view = self.view(optimizer)
+                if not view.owner.heard:  # no step will come at which it could be checked
+                    check_own_decay(optimizer, view)
         except BaseException:
             self.close()
             raise
@@ -70,8 +81,8 @@ class Engine:
         self._views.clear()
         self.on_close()
 
-    def _module_died(self, _: object) -> None:
-        if self.closed or any(module() is not None for module in self._modules.values()):
+    def _members_died(self) -> None:
+        if self.closed:
             return
         # Parameters may be trained on without a module: exported graphs and functional code share them.
         self._outliving = [weakref.ref(entry, self._entry_died) for entry in self._entries.values()]
@@ -118,10 +129,14 @@ class Engine:
         peak = view.peaks[index] = peak_learning_rate(group, view.peaks.get(index), lr)
         return arithmetic.factor(lr, weight_decay, peak)
 
-    def lr_peaks(self) -> list[dict[str, arithmetic.Number]]:
-        """For each optimizer: name of each parameter that it decays → largest lr of its param group."""
+    def lr_peaks(self) -> tuple[dict[str, arithmetic.Number], ...]:
+        """For each optimizer: name of each parameter that it decays → largest lr of its param group.
+
+        A tuple, which torch.distributed.checkpoint saves as one object: it looks into lists and mappings, and then
+        loads no more than the keys that are there already.
+        """
         met = [known for view in self._views.values() if (known := view.peaks_by_name())]
-        return met + self._peaks
+        return *met, *self._peaks
 
     def set_lr_peaks(self, peaks: Sequence[Mapping[str, arithmetic.Number]]) -> None:
         """Undo of `lr_peaks`; optimizers that have not been seen yet get theirs when they are."""
@@ -144,14 +159,9 @@ class Engine:
 
     # ---------------------------------------------------------------- parameters
 
-    def model(self) -> nn.Module:
-        """The model as it is now; if it has died, a container with those of its modules that live."""
-        model = self._root()
-        return model if model is not None else _container({path: ref() for path, ref in self._modules.items()})
-
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of the model as it is now."""
-        return self.model().named_parameters()
+        return self._members.model().named_parameters()
 
     def entry(self, param: Tensor) -> Entry | None:
         """The entry of a parameter that is hooked or has been stepped."""
@@ -195,7 +205,7 @@ class Engine:
     def _named(self) -> dict[int, str]:
         """id → name in the plan, for the model as it is now; modules added since are decided now."""
         found = {}
-        model = self.model()
+        model = self._members.model()
         for name, param in model.named_parameters():
             bare = bare_name(name)
             known = name if name in self._plan else bare if bare in self._plan else None
@@ -246,12 +256,21 @@ class Engine:
         inner = owned_ids(inner_optimizers(optimizer))
         view.params = [list(group["params"]) for group in optimizer.param_groups]
         view.wraps = any(key in names for key in inner)
+        wrapped = (p for params in view.params for p in params if id(p) in inner)
+        decayed = (p for p in wrapped if self._eligible(names.get(id(p), "")))
+        view.sample = min(decayed, key=Tensor.numel, default=None)
         view.buckets = [
             self._buckets(
                 view, optimizer, index, {names[id(p)]: p for p in params if id(p) in names and id(p) not in inner}
             )
             for index, params in enumerate(view.params)
         ]
+        for index, params in enumerate(view.params) if self.was_given(optimizer) else ():
+            # The schedule is the wrapper's: ZeroRedundancyOptimizer hands it on at the step, after the backward pass.
+            for param in params:
+                entry = self.track(names[id(param)], param) if id(param) in inner and id(param) in names else None
+                if entry is not None:
+                    entry.place = weakref.ref(optimizer), index
         view.strays = list(self._strays()) if self.was_given(optimizer) else []
         view.checked = False
         self.was_owned |= view.has_entries()
@@ -261,7 +280,7 @@ class Engine:
 
     def _buckets(self, view: View, optimizer: Any, index: int, named: Mapping[str, Tensor]) -> list[list[Pair]]:
         """The decayed parameters of one param group, by what one foreach call can take."""
-        sign = -1.0 if optimizer.param_groups[index].get("maximize") else 1.0
+        sign = -1.0 if maximizes(optimizer, optimizer.param_groups[index]) else 1.0
         foreach = zeroes_by_foreach(optimizer)
         buckets: dict[Any, list[Pair]] = {}
         for name, param in named.items():
@@ -286,22 +305,3 @@ class Engine:
             entry = self.entry(param)
             if entry is not None and id(param) not in owned:
                 yield param, entry
-
-
-def _container(modules: Mapping[str, nn.Module | None]) -> nn.Module:
-    """A module that holds the living ones of `modules` under their paths. Nothing is added to any of them."""
-    placed: dict[str, nn.Module] = {"": nn.Module()}
-
-    def place(path: str) -> nn.Module:
-        if path not in placed:
-            above, _, local = path.rpartition(".")
-            parent = place(above)
-            module = modules.get(path)
-            placed[path] = module if module is not None else nn.Module()
-            if modules.get(above) is None:  # one that lives has its children already
-                parent.add_module(local, placed[path])
-        return placed[path]
-
-    for path in modules:
-        place(path)
-    return placed[""]

@@ -44,6 +44,10 @@ class LossScaleError(WdhookError, RuntimeError):
     """A gradient scaler is in use that coupled decay was not told about."""
 
 
+class UnreachedError(WdhookError, RuntimeError):
+    """A gradient came from other ranks alone, so that this rank's share of the decay is not in it."""
+
+
 class UnsupportedOptimizerError(WdhookError, RuntimeError):
     """The optimizer's update cannot be combined with this mode of decay."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import sys
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -12,9 +10,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._errors import DoubleDecayError, LearningRateError, LossScaleError, MasterWeightsError, UnsupportedOptimizerError
+from ._averages import check_pipeline, check_replicas, living
+from ._errors import (
+    DoubleDecayError,
+    LearningRateError,
+    LossScaleError,
+    MasterWeightsError,
+    UnsupportedOptimizerError,
+)
 from ._numbers import is_number
-from ._optimizers import check_supports_decoupled, learning_rate, stepping_scaler
+from ._optimizers import (
+    check_supports_decoupled,
+    is_nested_step,
+    learning_rate,
+    only_accumulates,
+    stepping_scaler,
+)
 
 if TYPE_CHECKING:
     from ._engine import Engine
@@ -37,33 +48,86 @@ def check_step(engine: Engine, optimizer: Optimizer, view: View, claimed: bool) 
         if not (view.wraps or claimed):
             _check_copies(engine, optimizer, view)
         return
-    for index, (group, buckets) in enumerate(zip(optimizer.param_groups, view.buckets, strict=True)):
-        active = next((bucket[0] for bucket in buckets if bucket[0][1].alpha), None)
-        if active is not None:
-            if decays_itself(group):
-                raise _double_decay(optimizer, index, group, active)
-            if settings.mode != "coupled" and settings.lr is None:
+    check_own_decay(optimizer, view)
+    if settings.mode != "coupled" and settings.lr is None:
+        for group, buckets in zip(optimizer.param_groups, view.buckets, strict=True):
+            if _active(buckets) is not None:
                 learning_rate(group, None)
+    if settings.at == "backward" and only_accumulates(optimizer):
+        raise UnsupportedOptimizerError(
+            "The optimizer takes the gradients of several backward passes into its state before it steps "
+            "(`optimizer_accumulation`): a decay in each of them is several decays.\n"
+            f"  optimizer: {type(optimizer).__name__}\n"
+            '  Use attach(..., at="step")'
+        )
     if settings.mode != "coupled":
         _check_strays(engine, view)
         _check_place(engine, optimizer, view)
-    elif settings.at == "backward":
-        _check_loss_scale(engine, optimizer)
-        _check_sign(optimizer, view)
-    if not view.checked:
-        if settings.mode != "coupled":
+        _check_graph(optimizer, view)
+        if view.owner.steps < _STEPS_TO_SHOW:
             check_supports_decoupled(optimizer)
-        elif settings.at == "backward":
-            _check_pipeline(view)
+    elif settings.at == "backward":
+        _check_loss_scale(engine, optimizer, view)
+        _check_sign(optimizer, view)
+        check_replicas(engine)
+    if not view.checked:
+        if settings.mode == "coupled" and settings.at == "backward":
+            check_pipeline(view)
         _warn_of_rounding(engine, optimizer, view)
         view.checked = True
 
 
-def _check_loss_scale(engine: Engine, optimizer: Optimizer) -> None:
+def check_own_decay(optimizer: Any, view: View) -> None:
+    """Raise if the optimizer decays parameters that are decayed here."""
+    for index, (group, buckets) in enumerate(zip(optimizer.param_groups, view.buckets, strict=True)):
+        active = _active(buckets)
+        if active is not None and decays_itself(group):
+            raise _double_decay(optimizer, f"param_groups[{index}]['weight_decay'] = {group['weight_decay']}", active)
+        own = getattr(optimizer, "weight_decay", None)  # LOMO has it there, and no step at which it could be seen
+        if active is not None and not view.owner.heard and is_number(own) and own:
+            raise _double_decay(optimizer, f"optimizer.weight_decay = {own}", active)
+
+
+def _active(buckets: list[list[Pair]]) -> Pair | None:
+    """A parameter of a param group that is decayed with a λ other than 0, if there is one."""
+    return next((bucket[0] for bucket in buckets if bucket[0][1].alpha), None)
+
+
+def _check_graph(optimizer: Optimizer, view: View) -> None:
+    """Decoupled: an optimizer that differentiates the gradients needs the parameters as they were."""
+    for param, entry in (bucket[0] for buckets in view.buckets for bucket in buckets):
+        if param.grad is not None and param.grad.requires_grad:
+            raise UnsupportedOptimizerError(
+                "The gradients hold their graph (backward(create_graph=True)), and the optimizer may differentiate "
+                "them in its step (AdaHessian, SophiaH): decay before that changes what they depend on.\n"
+                f"  parameter: {entry.name}\n  optimizer: {type(optimizer).__name__}\n"
+                '  Use mode="coupled"'
+            )
+
+
+def check_unmoved(engine: Engine, optimizer: Optimizer, view: View) -> None:
+    """Raise if a wrapper has moved the parameters in its step, and lets the optimizer inside run the closure there.
+
+    It will move them back before the update, and take the decay at the end of the closure with it. Told by content,
+    since some write to ``p.data``; looked at in the first steps only, since that synchronises.
+    """
+    if engine.outside is None or view.owner.steps >= _STEPS_TO_SHOW or not is_nested_step():
+        return
+    param, before = engine.outside
+    if not torch.equal(param, before):
+        raise UnsupportedOptimizerError(
+            "The closure of the step runs while a wrapper has moved the parameters (SAM of heavyball), so decay at its "
+            "end would be undone.\n"
+            f"  optimizer: {type(optimizer).__name__}\n"
+            '  Use mode="coupled" with at="backward"'
+        )
+
+
+def _check_loss_scale(engine: Engine, optimizer: Optimizer, view: View) -> None:
     """Coupled decay in the backward has to know the factor of the loss."""
     given = engine.settings.scaler
     stepping = stepping_scaler()
-    if given is None and stepping is not None:
+    if given is None and stepping is not None and _is_decayed(view):
         raise LossScaleError(
             "The loss is scaled by a GradScaler that `attach` was not told about: the decay in the gradients "
             "is too weak by the factor of the scale (65536 at first).\n"
@@ -77,7 +141,7 @@ def _check_loss_scale(engine: Engine, optimizer: Optimizer) -> None:
             f"  optimizer: {type(optimizer).__name__}\n"
             '  Use attach(..., at="step"), which knows `grad_scale`'
         )
-    if given is not None and given.is_enabled() and stepping is not given:
+    if given is not None and given.is_enabled() and stepping is not given and _is_decayed(view):
         raise LossScaleError(
             "The GradScaler that `attach` was given does not step the optimizer. If it did not scale the loss, the "
             "decay in the gradients is wrong by the factor of its scale.\n"
@@ -87,23 +151,9 @@ def _check_loss_scale(engine: Engine, optimizer: Optimizer) -> None:
         )
 
 
-def _check_pipeline(view: View) -> None:
-    """Coupled decay in the backward must not be divided by a pipeline schedule that averages over micro-batches."""
-    schedules = sys.modules.get("torch.distributed.pipelining.schedules")
-    owned = {id(param): entry.name for buckets in view.buckets for bucket in buckets for param, entry in bucket}
-    for schedule in _living(getattr(schedules, "_PipelineSchedule", ())):
-        if not (getattr(schedule, "scale_grads", False) and schedule._n_microbatches > 1):
-            continue
-        for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
-            name = next((owned[id(p)] for p in stage.submod.parameters() if id(p) in owned), None)
-            if name is not None:
-                raise LossScaleError(
-                    "A pipeline schedule divides the gradients by the number of micro-batches, and with them the decay "
-                    "that was added in the backward.\n"
-                    f"  parameter: {name}\n  schedule: {type(schedule).__name__}(scale_grads=True), "
-                    f"{schedule._n_microbatches} micro-batches\n"
-                    '  Use attach(..., at="step"), or scale_grads=False with a loss_fn that divides by their number'
-                )
+def _is_decayed(view: View) -> bool:
+    """Whether a hook has decayed a gradient; none has where torch.distributed.checkpoint steps to make a state."""
+    return any(entry.decayed for buckets in view.buckets for bucket in buckets for _, entry in bucket)
 
 
 def _check_sign(optimizer: Optimizer, view: View) -> None:
@@ -117,12 +167,12 @@ def _check_sign(optimizer: Optimizer, view: View) -> None:
         )
 
 
-def _double_decay(optimizer: Optimizer, index: int, group: Mapping[str, Any], pair: Pair) -> DoubleDecayError:
+def _double_decay(optimizer: Any, where: str, pair: Pair) -> DoubleDecayError:
     param, entry = pair
     return DoubleDecayError(
         "The optimizer decays a parameter that wdhook decays too.\n"
         f"  parameter: {entry.name} {tuple(param.shape)}\n"
-        f"  optimizer: {type(optimizer).__name__}, param_groups[{index}]['weight_decay'] = {group['weight_decay']}\n"
+        f"  optimizer: {type(optimizer).__name__}, {where}\n"
         f"  wdhook: weight_decay = {entry.weight_decay:g}\n"
         "  Construct the optimizer with weight_decay=0, or let wdhook take over: "
         "wdhook.adopt(model, optimizer). A loaded optimizer checkpoint brings its weight_decay back: "
@@ -191,6 +241,7 @@ def _check_copies(engine: Engine, optimizer: Optimizer, view: View) -> None:
         )
 
 
+_STEPS_TO_SHOW = 3  # what an optimizer keeps for a parameter is there once it has stepped
 _PATIENCE = 20  # steps; the critic of a GAN takes five or so before the generator's first
 
 
@@ -210,13 +261,8 @@ def _is_of_a_module(param: Tensor) -> bool:
 
     Looks through all objects of the process; asked once for an optimizer that steps what looks like a copy.
     """
-    modules = _living(torch.nn.Module)
+    modules = living(torch.nn.Module)
     return any(param is p for module in modules for p in module.__dict__.get("_parameters", {}).values())
-
-
-def _living(kind: type[Any] | tuple[()]) -> Iterator[Any]:
-    """Every object of a class that the process holds. Slow; nothing is asked of objects of other classes."""
-    return (thing for thing in gc.get_objects() if issubclass(type(thing), kind)) if kind else iter(())
 
 
 def _waiting(engine: Engine) -> Iterator[tuple[str, Tensor]]:

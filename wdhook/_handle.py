@@ -83,7 +83,7 @@ class WeightDecay:
 
     def state_dict(self) -> dict[str, Any]:
         """λ and what a schedule cannot recompute, as plain numbers (and tensors, where ``lr`` is one)."""
-        peaks = [] if self._engine is None else self._engine.lr_peaks()
+        peaks = () if self._engine is None else self._engine.lr_peaks()
         return {"weight_decay": self.weight_decay, "mode": self.mode, "lr_peaks": peaks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch._compile import _disable_dynamo  # torch.compiler.disable, but torch._dynamo is imported by the first call
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -14,6 +13,7 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from . import _step as step
+from ._backward import never_compiled
 from ._engine import Engine
 from ._state import View
 
@@ -41,12 +41,15 @@ def _forget(key: int) -> None:
         _registered.pop().remove()
 
 
-@_disable_dynamo
+@never_compiled
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Check, then decay what is due; for a step with a closure, after each of the closure's runs."""
     # Nothing is changed for anybody before everybody has agreed.
     views = [(engine, engine.view(optimizer)) for engine in attached()]
     claimed = any(view.has_entries() for _, view in views)
+    for engine, view in views:
+        if view.wraps:
+            step.enter(engine, view)
     ours = [(engine, view) for engine, view in views if step.check(engine, optimizer, view, claimed)]
     if not ours:
         return None
@@ -72,13 +75,13 @@ def _decaying(closure: Callable[..., Any], optimizer: Optimizer, ours: list[tupl
     return wrapped
 
 
-@_disable_dynamo
+@never_compiled
 def _decay(optimizer: Optimizer, ours: list[tuple[Engine, View]], evaluated: bool) -> None:
     for engine, view in ours:
         step.decay(engine, optimizer, view, evaluated)
 
 
-@_disable_dynamo
+@never_compiled
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for engine in attached():
         step.end(engine, optimizer)

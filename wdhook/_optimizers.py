@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -15,6 +16,7 @@ from ._arithmetic import Number
 from ._errors import LearningRateError, UnsupportedOptimizerError
 
 _OPTIMIZER_FILE = Optimizer.profile_hook_step.__code__.co_filename  # where the wrapper of every step is defined
+_SEQUENCES = {"z", "x0", "x_k"}  # of ScheduleFree and FTRL; MADGRAD and dual averaging; A2Grad
 
 LearningRate = Number | Callable[[Mapping[str, Any]], Number]
 """A number, or a function of the param group that owns the parameter."""
@@ -28,6 +30,8 @@ def learning_rate(group: Mapping[str, Any], given: LearningRate | None) -> Numbe
     """
     value: Any
     if given is not None:
+        if isinstance(group.get("lr"), float) and not group["lr"] and not callable(given):
+            return 0.0  # a step that moves nothing, as that by which torch.distributed.checkpoint makes a state
         value = given(group) if callable(given) else given
         if value is None:
             raise LearningRateError("`lr` is a function that returned None for a param group.")
@@ -41,13 +45,30 @@ def learning_rate(group: Mapping[str, Any], given: LearningRate | None) -> Numbe
             '  Give it with `lr=`, a float or a function of the group, or use mode="coupled"'
         )
     if "d" in group and "beta2_decay" not in group:  # torch's Adafactor calls its clipping threshold `d`
-        raise LearningRateError(
-            "The param group scales its learning rate with an estimate `d` (Prodigy, D-Adaptation), so "
-            "`lr` alone is not the effective one.\n"
-            f"  group['lr']: {value!r}\n  group['d']: {group['d']!r}\n"
-            '  Give it with `lr=lambda group: group["lr"] * group["d"]`'
-        )
+        return _estimated(group)
     return value  # type: ignore[no-any-return]
+
+
+def _estimated(group: Mapping[str, Any]) -> Number:
+    """The step of Prodigy and D-Adaptation: ``lr`` times their estimate ``d`` of the distance to the solution.
+
+    They multiply an update with the estimate from before it, and that is what is in the group now. Their forms that
+    are no kin of Adam (SGD, AdaGrad) have no ``betas``; they normalize the step by other things besides.
+    """
+    corrected = group.get("use_bias_correction", False)
+    if "betas" not in group or group.get("bias_correction") or (corrected and "k" not in group):
+        raise LearningRateError(
+            "The param group scales its learning rate with an estimate `d` (D-Adaptation), and with other things that "
+            "are not in the group, so the effective one is not known.\n"
+            f"  group['lr']: {group['lr']!r}\n  group['d']: {group['d']!r}\n"
+            '  Give it, as in lr=lambda group: group["lr"] * group["d"], or use mode="coupled"'
+        )
+    step: Number = group["lr"] * group["d"]
+    if corrected:  # Adam's, of the step that is coming
+        beta1, beta2 = group["betas"][:2]
+        count = group["k"] + 1
+        step = step * ((1 - beta2**count) ** 0.5 / (1 - beta1**count))
+    return step
 
 
 def peak_learning_rate(group: Mapping[str, Any], seen: Number | None, now: Number) -> Number:
@@ -71,17 +92,50 @@ def check_supports_decoupled(optimizer: Optimizer) -> None:
     p ← p·(1 − lr·λ) has no meaning there. Such optimizers have to be told which sequence the model
     should hold, by ``train()`` and ``eval()``.
     """
-    for inner in inner_optimizers(optimizer):
-        return check_supports_decoupled(inner)
-    switches = all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
-    if switches or any("train_mode" in group for group in optimizer.param_groups):
-        raise UnsupportedOptimizerError(
-            "Decoupled decay cannot be taken out of an optimizer that keeps two sequences of weights "
-            "(ScheduleFree): it would shrink one of them only.\n"
-            f"  optimizer: {type(optimizer).__name__}\n"
-            '  Use mode="coupled", or give the optimizer wdhook.param_groups(model, λ) and let it decay'
-        )
-    return None
+    for inner in innermost(optimizer):
+        if _keeps_two_sequences(inner):
+            raise UnsupportedOptimizerError(
+                "Decoupled decay cannot be taken out of an optimizer that keeps two sequences of weights "
+                "(ScheduleFree, MADGRAD): it would shrink one of them only.\n"
+                f"  optimizer: {type(inner).__name__}\n"
+                '  Use mode="coupled", or give the optimizer wdhook.param_groups(model, λ) and let it decay'
+            )
+
+
+def _keeps_two_sequences(optimizer: Optimizer) -> bool:
+    """Whether the optimizer moves the parameters towards a point that it keeps itself.
+
+    Told by the methods or the group entry with which ScheduleFree switches, or, once it has stepped, by what it keeps
+    for a parameter: the point ``z``, an average ``x_k``, or the start ``x0`` to which it adds sums of gradients.
+    """
+    if all(callable(getattr(optimizer, name, None)) for name in ("train", "eval")):
+        return True
+    if any("train_mode" in group for group in optimizer.param_groups):
+        return True
+    firsts = (group["params"][0] for group in optimizer.param_groups if group["params"])
+    return any(not _SEQUENCES.isdisjoint(optimizer.state.get(p, ())) for p in firsts)
+
+
+def tells_of_steps(optimizer: object) -> bool:
+    """Whether the steps of `optimizer` are heard.
+
+    Not those of an object that is no torch Optimizer, nor of one that updates inside the backward pass, and whose
+    ``step`` is the inherited one that only raises NotImplementedError (LOMO).
+    """
+    if not isinstance(optimizer, Optimizer):
+        return False
+    code = getattr(inspect.unwrap(type(optimizer).step), "__code__", None)
+    return code is None or code.co_names != ("NotImplementedError",)
+
+
+def only_accumulates(optimizer: object) -> bool:
+    """Whether the step that is coming takes the gradients into the state and leaves the parameters (optimi)."""
+    return bool(getattr(optimizer, "optimizer_accumulation", False))
+
+
+def maximizes(optimizer: object, group: Mapping[str, Any]) -> bool:
+    """Whether the optimizer negates the gradients of a param group; some note that on themselves, for all groups."""
+    return bool(group.get("maximize", getattr(optimizer, "maximize", False)))
 
 
 def owned_ids(optimizers: Iterable[Any]) -> set[int]:
@@ -90,10 +144,21 @@ def owned_ids(optimizers: Iterable[Any]) -> set[int]:
 
 
 def inner_optimizers(optimizer: object) -> Iterator[Optimizer]:
-    """Optimizers that `optimizer` holds as attributes, as SAM, Lookahead and accelerate's wrapper do."""
+    """Optimizers that `optimizer` holds, as SAM, Lookahead and accelerate's wrapper do; some hold several in a list."""
     for value in vars(optimizer).values():
-        if isinstance(value, Optimizer) and value is not optimizer:
-            yield value
+        members = value if isinstance(value, (list, tuple)) else value.values() if type(value) is dict else (value,)
+        for member in members:
+            if isinstance(member, Optimizer) and member is not optimizer:
+                yield member
+
+
+def innermost(optimizer: Any) -> Iterator[Any]:
+    """The optimizers inside a wrapper, or the optimizer itself where it is none."""
+    inside = list(inner_optimizers(optimizer))
+    for inner in inside:
+        yield from innermost(inner)
+    if not inside:
+        yield optimizer
 
 
 def zeroes_by_foreach(optimizer: object) -> bool:
@@ -105,12 +170,17 @@ def zeroes_by_foreach(optimizer: object) -> bool:
 def own_mode(optimizer: Optimizer) -> str | None:
     """``"coupled"`` or ``"decoupled"`` where the formula of the optimizer's own decay is known."""
     kind = type(optimizer)
-    if not kind.__module__.startswith("torch.optim."):
-        return None  # a subclass may do anything with the number
-    if kind.__name__ in ("AdamW", "Adafactor", "Muon"):
+    if getattr(torch.optim, kind.__name__, None) is not kind or "weight_decay" not in optimizer.defaults:
+        return None  # a subclass may do anything with the number, and Rprop does nothing
+    if kind.__name__ == "Adafactor":
+        return None  # its update reads the parameter before it is decayed
+    if kind.__name__ in ("AdamW", "Muon"):
         return "decoupled"
-    decoupled = optimizer.param_groups[0].get("decoupled_weight_decay", False)
-    return "decoupled" if decoupled else "coupled"
+    decaying = [group for group in optimizer.param_groups if group.get("weight_decay")]
+    decoupled = {bool(group.get("decoupled_weight_decay", False)) for group in decaying}
+    if len(decoupled) > 1:
+        return None
+    return "decoupled" if decoupled == {True} else "coupled"
 
 
 def is_nested_step() -> bool:

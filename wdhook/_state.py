@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ._arithmetic import Number
 from ._decisions import Plan
-from ._optimizers import LearningRate
+from ._optimizers import LearningRate, tells_of_steps
 from ._window import Owner, Window
 
 
@@ -63,8 +62,7 @@ class View:
     """The param groups of one optimizer, as far as they concern us."""
 
     def __init__(self, optimizer: Any) -> None:
-        # An object that is no torch Optimizer is never heard to step.
-        self.owner = Owner(heard=isinstance(optimizer, Optimizer))
+        self.owner = Owner(heard=tells_of_steps(optimizer))
         self.params: list[list[Tensor]] = []  # as they were when the view was made
         self.buckets: list[list[list[Pair]]] = []  # per group: pairs that one foreach call can take
         self.dtypes: list[torch.dtype] = []  # of the first parameter in each bucket, when the view was made
@@ -72,6 +70,7 @@ class View:
         self.strays: list[Pair] = []  # tracked, and in no group of any optimizer given
         self.turned: str | None = None  # decayed before it was known that the optimizer maximizes
         self.wraps = False  # the optimizer holds another one that owns decayed parameters
+        self.sample: Tensor | None = None  # the smallest of those
         self.cleared = False  # the optimizer steps no copies of ours
         self.checked = False
 

@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 
 from . import _arithmetic as arithmetic
 from ._arithmetic import Number
+from ._averages import check_was_reached
 from ._engine import Engine
-from ._guards import check_step
-from ._optimizers import is_nested_step
+from ._guards import check_step, check_unmoved
+from ._optimizers import is_nested_step, only_accumulates
 from ._state import Entry, View
 from ._window import Owner
 
@@ -25,7 +26,13 @@ def check(engine: Engine, optimizer: Optimizer, view: View, claimed: bool) -> bo
     if engine.pauses:
         return False
     check_step(engine, optimizer, view, claimed)
-    return view.has_entries()
+    return view.has_entries() and not only_accumulates(optimizer)
+
+
+def enter(engine: Engine, view: View) -> None:
+    """The step of a wrapper begins; that of the optimizer inside will follow."""
+    if engine.settings.at == "step" and view.sample is not None:
+        engine.outside = view.sample, view.sample.detach().clone()
 
 
 def begin(engine: Engine, optimizer: Optimizer) -> None:
@@ -40,9 +47,11 @@ def end(engine: Engine, optimizer: Optimizer) -> None:
     if engine.running and engine.running[-1] == id(optimizer):
         engine.running.pop()
     view = engine.known_view(optimizer)
-    if view is not None and view.has_entries() and not _was_skipped(engine, optimizer):
+    if view is not None and view.wraps:
+        engine.outside = None
+    if view is not None and view.has_entries() and not (only_accumulates(optimizer) or _was_skipped(engine, optimizer)):
         view.owner.steps += 1
-        engine.steps += 1
+        engine.steps += not engine.running  # a step within a step is not another one
         _let_gradients_be_swapped(view)
 
 
@@ -75,6 +84,9 @@ def decay(engine: Engine, optimizer: Optimizer, view: View, evaluated: bool) -> 
     """
     if engine.pauses:
         return
+    if evaluated and engine.settings.at == "step":
+        check_unmoved(engine, optimizer, view)
+    coupled, hooked = engine.settings.mode == "coupled", engine.settings.at == "backward"
     with torch.no_grad():
         for index, (group, buckets) in enumerate(zip(optimizer.param_groups, view.buckets, strict=True)):
             for bucket in buckets:
@@ -82,17 +94,20 @@ def decay(engine: Engine, optimizer: Optimizer, view: View, evaluated: bool) -> 
                 due = _due(engine, view.owner, bucket, evaluated) if first.alpha else []
                 if not due:
                     continue
-                if engine.settings.mode == "coupled":
+                if coupled and hooked:
+                    check_was_reached(engine, due)
+                if coupled:
                     _add(engine, optimizer, due, first.alpha)
                 else:
                     _multiply(engine, optimizer, due, engine.factor(view, index, group, first.weight_decay))
-                for _, grad, entry in due:
+                for param, grad, entry in due:
                     entry.mark(grad)
+                    if hooked and entry.handle is None:
+                        engine.track(entry.name, param)  # unfrozen since: from now on in its backward
 
 
 def _due(engine: Engine, owner: Owner, bucket: Iterable[tuple[Tensor, Entry]], evaluated: bool) -> list[Due]:
     due = []
-    hooked = engine.settings.at == "backward"
     coupled = engine.settings.mode == "coupled"
     for param, entry in bucket:
         grad = param.grad
@@ -107,8 +122,6 @@ def _due(engine: Engine, owner: Owner, bucket: Iterable[tuple[Tensor, Entry]], e
         elif coupled and entry.buffer is not None and entry.buffer() is grad and entry.version == grad._version:
             entry.stamp = owner.steps  # stepped again as it is: the decay of the last step is in it still
             continue
-        if hooked and entry.handle is None:
-            engine.track(entry.name, param)  # unfrozen since: from now on in its backward
         due.append((param, grad, entry))
     return due
 
