@@ -270,39 +270,6 @@ def test_a_step_that_raised_does_not_cost_the_next_its_decay() -> None:
         assert_bit_equal(model.state_dict(), twin.state_dict())
 
 
-@pytest.mark.parametrize("first", ["optimizer", "wdhook"])
-@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
-def test_an_optimizer_in_the_backward(first: str, mode: str) -> None:
-    """One optimizer per parameter, stepping in its hook: decay comes first, whoever registered first."""
-    kind = SGD if mode == "coupled" else torch.optim.AdamW
-    model, twin = twins(perceptron())
-
-    def step_in_backward(m: nn.Module, weight_decay: float) -> list[torch.optim.Optimizer]:
-        ids = {id(p) for p in weights(m)}
-        each = {p: kind([p], lr=LR, weight_decay=weight_decay if id(p) in ids else 0.0) for p in m.parameters()}
-
-        def hook(p: Tensor) -> None:
-            each[p].step()
-            each[p].zero_grad()
-
-        for p in m.parameters():
-            p.register_post_accumulate_grad_hook(hook)
-        return list(each.values())
-
-    if first == "optimizer":
-        optimizers = step_in_backward(model, 0.0)
-        wdhook.attach(model, λ, mode=mode, optimizer=optimizers)
-    else:
-        wdhook.attach(model, λ, mode=mode, lr=LR if mode == "decoupled" else None)
-        optimizers = step_in_backward(model, 0.0)
-    for batch in batches(model, 5):
-        loss_of(model, batch).backward()
-    step_in_backward(twin, λ)
-    for batch in batches(twin, 5):
-        loss_of(twin, batch).backward()
-    assert_bit_equal(model.state_dict(), twin.state_dict())
-
-
 def test_a_retained_graph_accumulates_one_decay() -> None:
     """Two backward passes through one graph are two micro-batches."""
     model = perceptron(torch.float64)
