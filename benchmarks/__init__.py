@@ -1,0 +1,1 @@
+"""What wdhook costs, against what it replaces: `python -m benchmarks`."""

@@ -1,0 +1,42 @@
+"""`python -m benchmarks.draw results.json picture.svg`: how the cost grows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+# Paul Tol's bright scheme, which colour-blind readers can tell apart; the reference is grey.
+STYLES = {
+    "bare hook": ("0.5", "--", "o"),
+    "at backward": ("#4477AA", "-", "o"),
+    "one foreach call": ("0.5", ":", "s"),
+    "coupled at step": ("#EE6677", "-", "s"),
+    "decoupled at step": ("#228833", "-", "^"),
+}
+
+
+def main() -> None:
+    """Draw the points that `python -m benchmarks --growth --json results.json` has written."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.draw", description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("picture", type=Path)
+    options = parser.parse_args()
+    points = json.loads(options.results.read_text())["growth"]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, along in zip(axes, ("parameters", "elements"), strict=True):
+        for variant, (color, line, marker) in STYLES.items():
+            mine = [p for p in points if p["along"] == along and p["variant"] == variant]
+            sizes, times = [p["size"] for p in mine], [1000 * p["seconds"] for p in mine]
+            axis.loglog(sizes, times, color=color, linestyle=line, marker=marker, markersize=4, label=variant)
+        axis.set_xlabel("tensors of 16×16" if along == "parameters" else "elements, in 8 tensors")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("milliseconds")
+    axes[0].legend(frameon=False, fontsize=8, title="backward pass with hooks, or pass at the step", title_fontsize=8)
+    figure.savefig(options.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Ratios of times: the hook, the pass at the step, and whole training steps, against what they replace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import wdhook
+from wdhook import _listener
+
+from .models import NETWORKS, Tensors, Trained
+from .timing import Times, Variant, side_by_side
+
+λ = 1e-4
+LR = 1e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to measure: variants that do the same work."""
+
+    what: str
+    against: str
+    make: Callable[[torch.device, bool], Work]
+    at_most: dict[str, float | None] = field(default_factory=dict)
+    """Variant → the ratio to the first variant that it is to stay below; None where it is only stated."""
+
+
+@dataclass
+class Work:
+    """Variants, the reference first; what has to be undone, and what has to live as long."""
+
+    variants: dict[str, Variant]
+    handles: list[wdhook.WeightDecay]
+    models: list[nn.Module]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table."""
+
+    what: str
+    against: str
+    variant: str
+    ratio: float
+    at_most: float | None
+    microseconds: float
+    spread: float
+
+
+def measure(case: Case, device: torch.device, quick: bool, runs: int) -> Iterator[Result]:
+    """Run one case."""
+    work = case.make(device, quick)
+    try:
+        times: dict[str, Times] = side_by_side(work.variants, runs, device)
+    finally:
+        for handle in work.handles:
+            handle.remove()
+    reference, *others = times
+    for name in others:
+        ratio = times[name].lower / times[reference].lower
+        yield Result(
+            case.what, case.against, name, ratio, case.at_most.get(name), times[name].lower * 1e6, times[name].spread
+        )
+
+
+def hook_case(count: int, shape: tuple[int, int]) -> Callable[[torch.device, bool], Work]:
+    def make(device: torch.device, quick: bool) -> Work:
+        size = max(2, count // 20) if quick else count
+        bare, ours = Tensors(size, shape, device), Tensors(size, shape, device)
+
+        def add(param: Tensor) -> None:
+            assert param.grad is not None
+            param.grad.add_(param, alpha=λ)
+
+        for param in bare.parameters():
+            param.register_post_accumulate_grad_hook(add)
+        handle = wdhook.attach(ours, λ)
+        return Work({"bare hook": _backward(bare), "at backward": _backward(ours)}, [handle], [bare, ours])
+
+    return make
+
+
+def _backward(model: Tensors) -> Variant:
+    """A backward pass; forward, the end of the window and zeroing are not timed."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    losses: list[Tensor] = []
+
+    def before() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+        losses[:] = [model.loss()]
+
+    return Variant(lambda: losses[0].backward(), before)
+
+
+def pass_case(count: int, shape: tuple[int, int], mode: str) -> Callable[[torch.device, bool], Work]:
+    def make(device: torch.device, quick: bool) -> Work:
+        model = Tensors(max(2, count // 20) if quick else count, shape, device)
+        for param in model.parameters():
+            param.grad = torch.randn_like(param)
+        params = list(model.parameters())
+        optimizer = torch.optim.SGD(params, lr=LR)
+        handle = wdhook.attach(model, λ, mode=mode, at="step")
+
+        def raw() -> None:
+            with torch.no_grad():
+                trained = [p for p in params if p.grad is not None]
+                if mode == "coupled":
+                    torch._foreach_add_([p.grad for p in trained], trained, alpha=λ)
+                else:
+                    torch._foreach_mul_(trained, 1 - LR * λ)
+
+        def ours() -> None:
+            _listener._before_step(optimizer, (optimizer,), {})
+            _listener._after_step(optimizer, (optimizer,), {})
+
+        def fresh() -> None:
+            for param in params:  # as after zero_grad and a backward pass
+                param.grad = param.grad.detach()
+
+        return Work(
+            {"one foreach call": Variant(raw, fresh), f"{mode} at step": Variant(ours, fresh)}, [handle], [model]
+        )
+
+    return make
+
+
+def _training(optimizer: Callable[..., Any], network: str, ways: dict[str, dict[str, Any]]) -> Callable[..., Work]:
+    """Whole training steps: param groups with the optimizer's own decay, and each of `ways` to attach."""
+
+    def make(device: torch.device, quick: bool) -> Work:
+        first = NETWORKS[network](device, quick)
+        variants = {"own decay": _step(first, optimizer(wdhook.param_groups(first, λ)))}
+        handles, models = [], [first]
+        for name, arguments in ways.items():
+            models.append(model := copy.deepcopy(first))
+            handles.append(wdhook.attach(model, λ, **arguments))
+            variants[name] = _step(model, optimizer(model.parameters()))
+        return Work(variants, handles, models)
+
+    return make
+
+
+def _step(
+    model: Trained, optimizer: torch.optim.Optimizer, extra: Callable[[], Tensor | None] = lambda: None
+) -> Variant:
+    def work() -> None:
+        loss = model.loss()
+        (loss if extra is None else loss + extra()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Variant(work)
+
+
+def _peers(device: torch.device, quick: bool) -> Work:
+    """What people write instead, on the transformer with SGD."""
+    first = NETWORKS["6 transformer layers"](device, quick)
+
+    def sgd(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=LR, momentum=0.9, foreach=True)
+
+    def forum_loop(model: nn.Module) -> Callable[[], None]:
+        """The forum's: walk over the modules in each step, between backward and step."""
+
+        def decay() -> None:
+            for module in model.modules():
+                if not isinstance(module, nn.LayerNorm):
+                    for name, param in module.named_parameters(recurse=False):
+                        if "bias" not in name and param.grad is not None:
+                            param.grad.data.add_(param.data, alpha=λ)
+
+        return decay
+
+    def looped(model: Trained, optimizer: torch.optim.Optimizer) -> Variant:
+        decay = forum_loop(model)
+
+        def work() -> None:
+            model.loss().backward()
+            decay()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return Variant(work)
+
+    by_shape, loop, penalty, attached = (copy.deepcopy(first) for _ in range(4))
+    # timm's rule: whatever has one dimension or is a bias is not decayed
+    matrices = [p for p in by_shape.parameters() if p.ndim > 1]
+    others = [p for p in by_shape.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": λ}, {"params": others, "weight_decay": 0.0}]
+    handle = wdhook.attach(attached, λ)
+    return Work(
+        {
+            "no decay": _step(first, sgd(first.parameters())),
+            "param groups (timm)": _step(by_shape, sgd(groups)),
+            "the forum's loop over modules": looped(loop, sgd(loop.parameters())),
+            "l2_penalty in the loss": _step(penalty, sgd(penalty.parameters()), lambda: wdhook.l2_penalty(penalty, λ)),
+            "wdhook, at backward": _step(attached, sgd(attached.parameters())),
+        },
+        [handle],
+        [attached],
+    )
+
+
+def _sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=LR, momentum=0.9, foreach=True)
+
+
+def _adamw(**how: Any) -> Callable[[Any], torch.optim.Optimizer]:
+    """AdamW; the groups of the own decay bring theirs, everything else has none."""
+    return lambda params: torch.optim.AdamW(params, lr=LR, weight_decay=0.0, **how)
+
+
+MOMENTS = {"at backward": {}, "at step": {"at": "step"}}
+DECOUPLED = {"decoupled at step": {"at": "step", "mode": "decoupled"}}
+SMALL, LARGE = (16, 16), (2048, 2048)
+
+
+def cases() -> Iterator[Case]:
+    """Everything that is a ratio of times."""
+    yield Case("hook, 500 tensors of 16×16", "bare hook", hook_case(500, SMALL), {"at backward": 1.25})
+    yield Case("hook, 6 tensors of 16 MiB", "bare hook", hook_case(6, LARGE), {"at backward": 1.05})
+    for mode in ("coupled", "decoupled"):
+        name = f"{mode} at step"
+        yield Case("pass, 300 tensors of 16×16", "one foreach call", pass_case(300, SMALL, mode), {name: 2.0})
+        yield Case("pass, 8 tensors of 16 MiB", "one foreach call", pass_case(8, LARGE, mode), {name: 1.03})
+    targets = {"200 small tensors": (1.01, 0.97), "6 transformer layers": (1.00, 1.00), "wide MLP": (0.95, 0.95)}
+    for network, (backward, step) in targets.items():
+        at_most = {"at backward": backward, "at step": step}
+        yield Case(f"SGD step, {network}", "own decay", _training(_sgd, network, MOMENTS), at_most)
+    for network in NETWORKS:
+        make = _training(_adamw(foreach=True), network, DECOUPLED)
+        yield Case(f"AdamW step, {network}", "own decay", make, {"decoupled at step": 1.0})
+    for network in NETWORKS:
+        make = _training(_adamw(fused=True), network, DECOUPLED)
+        yield Case(f"fused AdamW step, {network}", "own decay", make, {"decoupled at step": None})
+    yield Case("SGD step, 6 transformer layers", "no decay", _peers)

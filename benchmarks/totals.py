@@ -1,0 +1,144 @@
+"""What is no ratio: the time of `attach`, memory, the time of the import, launches on a device."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import wdhook
+
+from .models import Tensors
+from .ratios import DECOUPLED, LR, MOMENTS, λ
+
+
+@dataclass(frozen=True)
+class Total:
+    """One number."""
+
+    what: str
+    value: float
+    unit: str
+    at_most: float | None
+
+
+def totals(device: torch.device, quick: bool) -> Iterator[Total]:
+    """All of them."""
+    for count, at_most in ((20_000, 0.4), (100_000, 2.0)):
+        if quick:
+            count //= 100
+        yield Total(f"attach, {count:,} parameters", _attach(count), "s", at_most)
+    yield Total("Python memory of a decayed parameter", _python_memory(200 if quick else 5_000), "bytes", 600)
+    size = 64 if quick else 2048
+    for name, how in (MOMENTS | DECOUPLED).items():
+        yield Total(f"tensor memory of a step, {name}", _tensor_memory(device, size, how), "MiB", 0.0)
+    yield Total("tensor memory of a step, foreach SGD's own decay", _tensor_memory(device, size, None), "MiB", None)
+    yield Total("import wdhook after import torch", _import(3 if quick else 9), "ms", 15)
+    if device.type == "cuda":
+        for name, how in (MOMENTS | DECOUPLED).items():
+            yield Total(f"kernel launches for 100 tensors, {name}", _launches(device, how), "", None)
+
+
+def _attach(count: int) -> float:
+    """Seconds, for a model of which every parameter is decayed."""
+    model = Tensors(count, (1, 1), torch.device("cpu"))
+    seconds = []
+    for _ in range(7):
+        start = time.perf_counter()
+        handle = wdhook.attach(model, λ)
+        seconds.append(time.perf_counter() - start)
+        handle.remove()
+    return statistics.quantiles(seconds, n=4)[0]
+
+
+def _python_memory(count: int) -> float:
+    """Bytes of Python objects for each decayed parameter, the handle's plan included."""
+    model = Tensors(count, (1, 1), torch.device("cpu"))
+    wdhook.attach(model, λ).remove()  # what is allocated once
+    tracemalloc.start()
+    handle = wdhook.attach(model, λ)
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    handle.remove()
+    return used / count
+
+
+class _Allocated(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and count what is in its result and was not in its arguments."""
+        result = func(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
+        made = {tensor.untyped_storage()._cdata: tensor for tensor in tree_leaves(result) if torch.is_tensor(tensor)}
+        self.bytes += sum(tensor.untyped_storage().nbytes() for key, tensor in made.items() if key not in known)
+        return result
+
+
+def _tensor_memory(device: torch.device, size: int, how: dict[str, str] | None) -> float:
+    """MiB that a backward and a step of SGD with 4 weights of `size`² allocate beyond those without any decay."""
+    return (_allocated(device, size, how, decay=True) - _allocated(device, size, how, decay=False)) / 2**20
+
+
+def _allocated(device: torch.device, size: int, how: dict[str, str] | None, decay: bool) -> int:
+    model = Tensors(4, (size, size), device)
+    own = λ if how is None and decay else 0.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, foreach=True, weight_decay=own)
+    handle = wdhook.attach(model, λ, **how) if how is not None and decay else None
+    for _ in range(2):  # the momentum is made in the first step
+        optimizer.zero_grad()
+        loss = model.loss()
+        with _Allocated() as allocated:
+            loss.backward()
+            optimizer.step()
+    if handle is not None:
+        handle.remove()
+    return allocated.bytes
+
+
+def _import(runs: int) -> float:
+    """Milliseconds, in new processes that find compiled files, as those of an installed package are."""
+    program = (
+        "import time, torch; start = time.perf_counter(); import wdhook; print(1000 * (time.perf_counter() - start))"
+    )
+    with tempfile.TemporaryDirectory() as compiled:
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        environment["PYTHONPYCACHEPREFIX"] = compiled
+        command = [sys.executable, "-c", program]
+        outputs = [subprocess.check_output(command, env=environment, text=True) for _ in range(runs)]
+    return min(map(float, outputs))
+
+
+def _launches(device: torch.device, how: dict[str, str]) -> float:
+    """Kernels that the decay adds to one backward and step."""
+    counts = []
+    for attached in (False, True):
+        model = Tensors(100, (16, 16), device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR, foreach=True)
+        handle = wdhook.attach(model, λ, **how) if attached else None
+        loss = model.loss()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+            loss.backward()
+            optimizer.step()
+            torch.cuda.synchronize()
+        counts.append(len([event for event in recorded.events() if event.device_type.name == "CUDA"]))
+        if handle is not None:
+            handle.remove()
+    return float(counts[1] - counts[0])
