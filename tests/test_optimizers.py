@@ -8,7 +8,20 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from twins import assert_bit_equal, batches, convnet, loss_of, own_groups, train, twins, weights, zero, λ
+from twins import (
+    LR,
+    assert_bit_equal,
+    batches,
+    convnet,
+    loss_of,
+    own_groups,
+    perceptron,
+    train,
+    twins,
+    weights,
+    zero,
+    λ,
+)
 
 import wdhook
 
@@ -187,6 +200,20 @@ def test_a_step_with_a_closure(name: str, at: str) -> None:
     for batch in batches(twin, 5):
         reference.step(closure=Closure(twin, reference, batch))
     assert_bit_equal(model.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("at", ["backward", "step"])
+def test_gradients_that_are_never_zeroed(at: str) -> None:
+    """Gradients that pile up from step to step do not matter to decoupled decay: AdamW to the last bit."""
+    ours, twin = twins(perceptron())
+    own = torch.optim.AdamW(own_groups(twin), lr=LR)
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=LR, weight_decay=0)
+    with wdhook.attach(ours, λ, mode="decoupled", at=at, optimizer=optimizer):
+        for model, stepping in ((ours, optimizer), (twin, own)):
+            for batch in batches(model, 5):
+                loss_of(model, batch).backward()
+                stepping.step()
+    assert_bit_equal(ours.state_dict(), twin.state_dict())
 
 
 def test_the_catalogue_can_fail() -> None:
