@@ -134,8 +134,11 @@ def _decoupled_hook(engine: Engine, entry: Entry) -> Hook:
         grad = param.grad
         if grad is None or engine.pauses or not entry.weight_decay:
             return
-        if entry.decayed and not entry.owner.heard and entry.holds(grad) is False:
-            entry.reopen()  # nobody tells of this optimizer's steps: a fresh gradient does
+        if entry.decayed and not entry.owner.heard:
+            # Nobody tells of this optimizer's steps: a fresh gradient does, or one that was zeroed.
+            held = entry.holds(grad)
+            if held is False or (held is None and engine.witness.says_zeroed(engine, entry, grad)):
+                entry.reopen()
         if entry.decayed:
             engine.warn_once(
                 "again",

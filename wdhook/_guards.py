@@ -83,9 +83,15 @@ def check_own_decay(optimizer: Any, view: View) -> None:
         active = _active(buckets)
         if active is not None and decays_itself(group):
             raise _double_decay(optimizer, f"param_groups[{index}]['weight_decay'] = {group['weight_decay']}", active)
-        own = getattr(optimizer, "weight_decay", None)  # LOMO has it there, and no step at which it could be seen
-        if active is not None and not view.owner.heard and is_number(own) and own:
-            raise _double_decay(optimizer, f"optimizer.weight_decay = {own}", active)
+        if active is None or view.owner.heard:
+            continue
+        # No step is heard at which it could be seen, and so other names count too: fastai's, and LOMO's attribute.
+        for where, own in (
+            (f"param_groups[{index}]['wd']", group.get("wd")),
+            ("optimizer.weight_decay", getattr(optimizer, "weight_decay", None)),
+        ):
+            if is_number(own) and own:
+                raise _double_decay(optimizer, f"{where} = {own}", active)
 
 
 def _active(buckets: list[list[Pair]]) -> Pair | None:

@@ -113,7 +113,8 @@ def _keeps_two_sequences(optimizer: Optimizer) -> bool:
     if any("train_mode" in group for group in optimizer.param_groups):
         return True
     firsts = (group["params"][0] for group in optimizer.param_groups if group["params"])
-    return any(not _SEQUENCES.isdisjoint(optimizer.state.get(p, ())) for p in firsts)
+    state = getattr(optimizer, "state", {})  # one that is no torch Optimizer may have none
+    return any(not _SEQUENCES.isdisjoint(state.get(p, ())) for p in firsts)
 
 
 def tells_of_steps(optimizer: object) -> bool:

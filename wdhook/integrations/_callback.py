@@ -1,0 +1,68 @@
+"""What the callbacks of all frameworks share: a handle for as long as a training run lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from .. import ArgumentError, Plan, UnsupportedOptimizerError, WeightDecay, attach
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .._optimizers import LearningRate
+    from .._overrides import Overrides
+
+
+class Arguments(TypedDict, total=False):
+    """The keyword arguments of `wdhook.attach`, less those that a framework knows itself."""
+
+    mode: str
+    at: str
+    lr: LearningRate | None
+    overrides: Overrides | None
+    recipe: str | None
+    foreach: bool | None
+
+
+class Attached:
+    """A callback that attaches when a training run begins, and removes when it ends."""
+
+    decay: WeightDecay | None = None
+    """The handle of the run that is going on, else None. Set its ``weight_decay`` to follow a schedule."""
+
+    def __init__(self, weight_decay: float | Plan, arguments: Mapping[str, Any]) -> None:
+        unknown = [name for name in arguments if name not in Arguments.__annotations__]
+        if unknown:
+            raise ArgumentError(
+                f"`{unknown[0]}` is no argument of {type(self).__name__}: the framework's optimizers and scaler are "
+                "found when training begins.\n"
+                f"  known: weight_decay, {', '.join(Arguments.__annotations__)}"
+            )
+        self.weight_decay = weight_decay
+        self.arguments = dict(arguments)
+
+    def attach(self, model: nn.Module, optimizers: Iterable[Any], scaler: Any | None) -> WeightDecay:
+        """Attach to `model`, in place of an earlier run that has not removed its handle."""
+        self.remove()
+        optimizers = list(optimizers)
+        for optimizer in optimizers:
+            _refuse_deepspeed(optimizer)
+        self.decay = attach(model, self.weight_decay, optimizer=optimizers, scaler=scaler, **self.arguments)
+        return self.decay
+
+    def remove(self) -> None:
+        """Remove the handle now. A run that ends does this by itself."""
+        if self.decay is not None:
+            self.decay.remove()
+            self.decay = None
+
+
+def _refuse_deepspeed(optimizer: object) -> None:
+    if any(kind.__module__.startswith("deepspeed") for kind in type(optimizer).__mro__):
+        raise UnsupportedOptimizerError(
+            "DeepSpeed takes gradients away as they come, scales the loss itself and steps flat copies of the "
+            "parameters, so decay would be lost or done more than once.\n"
+            f"  optimizer: {type(optimizer).__name__}\n"
+            "  Let the optimizer decay: give DeepSpeed wdhook.param_groups(model, λ)"
+        )
