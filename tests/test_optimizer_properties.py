@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -125,6 +125,54 @@ class Negating(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:
         for p in self.param_groups[0]["params"]:
             p.add_(p.grad, alpha=LR)
+
+
+class Unheard:
+    """No torch optimizer: nobody is told of its steps. It writes to `p.data` and zeroes in place, as fastai's do."""
+
+    def __init__(self, params: Iterable[nn.Parameter], **entries: Any) -> None:
+        self.param_groups: list[dict[str, Any]] = [{"params": list(params), "lr": LR, **entries}]
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.param_groups[0]["params"] if p.grad is not None]
+
+    def step(self) -> None:
+        for p in self._trained():
+            p.data.add_(p.grad, alpha=-LR)
+
+    def zero_grad(self) -> None:
+        for p in self._trained():
+            p.grad.zero_()
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_an_optimizer_that_nobody_hears_zeroes_in_place(mode: str) -> None:
+    """A gradient that was zeroed opens a window, as a fresh one does."""
+    ours, twin = twins(perceptron())
+    optimizer, reference = Unheard(ours.parameters()), Unheard(twin.parameters())
+    with wdhook.attach(ours, λ, mode=mode, optimizer=optimizer):
+        for batch in batches(ours, 5):
+            optimizer.zero_grad()
+            loss_of(ours, batch).backward()
+            optimizer.step()
+    for batch in batches(twin, 5):
+        reference.zero_grad()
+        loss_of(twin, batch).backward()
+        for p in weights(twin):
+            if mode == "coupled":
+                p.grad.add_(p.detach(), alpha=λ)
+            else:
+                p.data.mul_(1 - LR * λ)
+        reference.step()
+    assert_bit_equal(ours.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "wd"])
+def test_the_own_decay_of_an_optimizer_that_nobody_hears(name: str) -> None:
+    """It is an error at `attach`, under the name that fastai has for it too."""
+    model = perceptron()
+    with pytest.raises(wdhook.DoubleDecayError, match=rf"param_groups\[0\]\['{name}'\] = 0.01"):
+        wdhook.attach(model, λ, optimizer=Unheard(model.parameters(), **{name: 0.01}))
 
 
 @pytest.mark.parametrize("at", ["backward", "step"])
