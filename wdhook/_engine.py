@@ -44,6 +44,7 @@ class Engine:
         self.running: list[int] = []  # the optimizers whose steps have begun and not ended
         self.outside: tuple[Tensor, Tensor] | None = None  # a parameter, and a copy as the step of a wrapper began
         self.replicas: list[weakref.ref[Any]] | None = None  # DistributedDataParallel modules, once looked for
+        self.captured = False  # a step has gone into a CUDA graph
         self.witness = Witness()
         self.on_close: Callable[[], None] = lambda: None
         self._plan = plan
@@ -116,6 +117,13 @@ class Engine:
 
     @weight_decay.setter
     def weight_decay(self, value: float) -> None:
+        if self.captured and value != self._weight_decay:
+            self.warn_once(
+                "captured",
+                "λ was changed after a step was captured in a CUDA graph, in which the old one is a constant.\n"
+                f"  weight_decay: {self._weight_decay:g}, now {value:g}\n"
+                "  Capture the graph again, or leave the step out of it",
+            )
         self._weight_decay = value
         for entry in self._entries.values():
             if entry.follows:

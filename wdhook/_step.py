@@ -35,11 +35,19 @@ def enter(engine: Engine, view: View) -> None:
         engine.outside = view.sample, view.sample.detach().clone()
 
 
+def is_capturing() -> bool:
+    """Whether what runs now goes into a CUDA graph, numbers such as λ as constants."""
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
+
+
 def begin(engine: Engine, optimizer: Optimizer) -> None:
     """A step begins."""
     if engine.running and not is_nested_step():
         engine.running.clear()  # an earlier one raised, so its end was never heard
     engine.running.append(id(optimizer))
+    if is_capturing():
+        engine.captured = True
 
 
 def end(engine: Engine, optimizer: Optimizer) -> None:
@@ -108,6 +116,7 @@ def decay(engine: Engine, optimizer: Optimizer, view: View, evaluated: bool) -> 
 
 def _due(engine: Engine, owner: Owner, bucket: Iterable[tuple[Tensor, Entry]], evaluated: bool) -> list[Due]:
     due = []
+    hooked = engine.settings.at == "backward"
     coupled = engine.settings.mode == "coupled"
     for param, entry in bucket:
         grad = param.grad
@@ -121,9 +130,26 @@ def _due(engine: Engine, owner: Owner, bucket: Iterable[tuple[Tensor, Entry]], e
             entry.reopen()
         elif coupled and entry.buffer is not None and entry.buffer() is grad and entry.version == grad._version:
             entry.stamp = owner.steps  # stepped again as it is: the decay of the last step is in it still
+            if not hooked and _may_be_replayed(grad):
+                _warn_of_replay(engine, entry)
             continue
         due.append((param, grad, entry))
     return due
+
+
+def _may_be_replayed(grad: Tensor) -> bool:
+    """Whether a CUDA graph may have written a new gradient into the buffer: that leaves no trace in its version."""
+    return grad.is_cuda
+
+
+def _warn_of_replay(engine: Engine, entry: Entry) -> None:
+    engine.warn_once(
+        "replay",
+        "A gradient was stepped again, and nothing but the last decay seems to have changed it: it is taken to hold "
+        "that decay still. If a CUDA graph has written a new gradient into it, that one is not decayed.\n"
+        f"  parameter: {entry.name}\n"
+        '  Capture the step with the backward pass, or use attach(..., at="backward"), whose decay is in the graph',
+    )
 
 
 def _is_done(engine: Engine, grad: Tensor, entry: Entry, evaluated: bool) -> bool:
