@@ -80,9 +80,9 @@ def _coupled_hook(engine: Engine, entry: Entry) -> Hook:
 
     def hook(param: Tensor) -> None:
         grad = param.grad
-        if grad is None or engine.pauses:
+        if grad is None:
             return
-        if entry.stamp == entry.owner.steps:
+        if entry.stamp == entry.owner.steps:  # in a pause too: what it adds is no work of others
             held = entry.holds(grad)
             if held is None:
                 held = not witness.says_zeroed(engine, entry, grad)
@@ -92,7 +92,7 @@ def _coupled_hook(engine: Engine, entry: Entry) -> Hook:
                 entry.reopen()
             elif not grad.is_sparse:
                 return
-        if not entry.alpha:
+        if engine.pauses or not entry.alpha:
             return
         # Grad mode is on under backward(create_graph=True) alone; a context costs as much as the addition.
         if scaler is not None or grad.is_sparse or is_grad_enabled():

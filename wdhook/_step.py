@@ -100,7 +100,7 @@ def decay(engine: Engine, optimizer: Optimizer, view: View, evaluated: bool) -> 
             for bucket in buckets:
                 first = bucket[0][1]  # all of a bucket have its λ
                 due = _due(engine, view.owner, bucket, evaluated) if first.alpha else []
-                if not due:
+                if not due or _was_skipped(engine, optimizer):
                     continue
                 if coupled and hooked:
                     check_was_reached(engine, due)
@@ -164,7 +164,8 @@ def _is_done(engine: Engine, grad: Tensor, entry: Entry, evaluated: bool) -> boo
         return nested or (same and entry.version == grad._version)
     if same:
         entry.version = grad._version
-    elif not grad._is_view():
+        return True
+    if not grad._is_view():
         engine.warn_once(
             "replaced",
             "A gradient was replaced between its decay and the optimizer step. It is taken to be derived from "
@@ -172,6 +173,7 @@ def _is_done(engine: Engine, grad: Tensor, entry: Entry, evaluated: bool) -> boo
             f"  parameter: {entry.name}\n"
             '  If it is a new one, use attach(..., at="step")',
         )
+    entry.mark(grad)  # stepped again as it is, it holds its decay still
     return True
 
 

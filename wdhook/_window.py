@@ -81,7 +81,10 @@ class Window:
             self.mark(grad)
             return None
         if marked is not grad:
-            return _is_sum(grad)
+            if not _is_sum(grad):
+                return False
+            self.mark(grad)  # the step looks for this one
+            return True
         changes, self.version = grad._version - self.version, grad._version
         # Autograd's own accumulation is one change. FSDP2's is none: it is one of the local shard, which counts apart.
         known, self.local = self.local, local_version(grad)
