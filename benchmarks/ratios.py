@@ -147,9 +147,7 @@ def _training(optimizer: Callable[..., Any], network: str, ways: dict[str, dict[
     return make
 
 
-def _step(
-    model: Trained, optimizer: torch.optim.Optimizer, extra: Callable[[], Tensor | None] = lambda: None
-) -> Variant:
+def _step(model: Trained, optimizer: torch.optim.Optimizer, extra: Callable[[], Tensor] | None = None) -> Variant:
     def work() -> None:
         loss = model.loss()
         (loss if extra is None else loss + extra()).backward()

@@ -136,6 +136,10 @@ class Twin(World):
         changed = {n for n, a in self.accounts.items() if a.changed}
         return [{n for n in changed if self.handle(n) == handle} for handle in range(len(self.λ))]
 
+    def is_mixed(self) -> bool:
+        """Whether some of the gradients that were changed in place were zeroed, and others of the handle were not."""
+        return any(len({self.accounts[n].lost for n in suspects}) == 2 for suspects in self.suspects())
+
     def receive(self, name: str) -> None:
         """A gradient came from a backward pass."""
         account = self.accounts[name]

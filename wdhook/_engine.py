@@ -44,7 +44,7 @@ class Engine:
         self.running: list[int] = []  # the optimizers whose steps have begun and not ended
         self.outside: tuple[Tensor, Tensor] | None = None  # a parameter, and a copy as the step of a wrapper began
         self.replicas: list[weakref.ref[Any]] | None = None  # DistributedDataParallel modules, once looked for
-        self.captured = False  # a step has gone into a CUDA graph
+        self.captured = False  # a step has gone into a CUDA graph, or a backward pass seems to have
         self.witness = Witness()
         self.on_close: Callable[[], None] = lambda: None
         self._plan = plan
@@ -120,9 +120,10 @@ class Engine:
         if self.captured and value != self._weight_decay:
             self.warn_once(
                 "captured",
-                "λ was changed after a step was captured in a CUDA graph, in which the old one is a constant.\n"
+                "λ was changed, and a CUDA graph holds the old one as a constant: a step was captured, or, so it seems, "
+                "a backward pass is replayed.\n"
                 f"  weight_decay: {self._weight_decay:g}, now {value:g}\n"
-                "  Capture the graph again, or leave the step out of it",
+                '  Capture the graph again; or leave the step out of it, with attach(..., at="step")',
             )
         self._weight_decay = value
         for entry in self._entries.values():

@@ -102,6 +102,8 @@ def decay(engine: Engine, optimizer: Optimizer, view: View, evaluated: bool) -> 
                 due = _due(engine, view.owner, bucket, evaluated) if first.alpha else []
                 if not due or _was_skipped(engine, optimizer):
                     continue
+                if hooked:
+                    _warn_of_unheard_backward(engine, view, due[0])
                 if coupled and hooked:
                     check_was_reached(engine, due)
                 if coupled:
@@ -130,8 +132,11 @@ def _due(engine: Engine, owner: Owner, bucket: Iterable[tuple[Tensor, Entry]], e
             entry.reopen()
         elif coupled and entry.buffer is not None and entry.buffer() is grad and entry.version == grad._version:
             entry.stamp = owner.steps  # stepped again as it is: the decay of the last step is in it still
-            if not hooked and _may_be_replayed(grad):
-                _warn_of_replay(engine, entry)
+            if _may_be_replayed(grad):
+                if hooked:
+                    engine.captured = True  # in the backward pass, which has not run since: λ is a constant in it
+                else:
+                    _warn_of_replay(engine, entry)
             continue
         due.append((param, grad, entry))
     return due
@@ -150,6 +155,22 @@ def _warn_of_replay(engine: Engine, entry: Entry) -> None:
         f"  parameter: {entry.name}\n"
         '  Capture the step with the backward pass, or use attach(..., at="backward"), whose decay is in the graph',
     )
+
+
+def _warn_of_unheard_backward(engine: Engine, view: View, first: Due) -> None:
+    """No hook has run since the last step, and yet something has changed a gradient in the buffer of an earlier one."""
+    _, grad, entry = first
+    if entry.handle is None or entry.buffer is None or entry.buffer() is not grad or not _may_be_replayed(grad):
+        return
+    if not any(other.decayed for bucket in chain.from_iterable(view.buckets) for _, other in bucket):
+        engine.captured = True
+        engine.warn_once(
+            "unheard",
+            "A gradient has changed since the last step, and no backward pass was heard: it is decayed now. If a CUDA "
+            "graph replays the backward pass, the decay is in the graph too, and this one is too much.\n"
+            f"  parameter: {entry.name}\n"
+            '  Capture the step with the backward pass, or use attach(..., at="step")',
+        )
 
 
 def _is_done(engine: Engine, grad: Tensor, entry: Entry, evaluated: bool) -> bool:
