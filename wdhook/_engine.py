@@ -120,8 +120,8 @@ class Engine:
         if self.captured and value != self._weight_decay:
             self.warn_once(
                 "captured",
-                "λ was changed, and a CUDA graph holds the old one as a constant: a step was captured, or, so it seems, "
-                "a backward pass is replayed.\n"
+                "λ was changed, and a CUDA graph holds the old one as a constant: a step was captured, or, it seems, "
+                "a backward pass.\n"
                 f"  weight_decay: {self._weight_decay:g}, now {value:g}\n"
                 '  Capture the graph again; or leave the step out of it, with attach(..., at="step")',
             )
