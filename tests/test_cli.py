@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from wdhook import __version__, cli
+from wdhook._commands import demo
 
 PACKAGES = ("matplotlib", "rich", "sklearn", "tqdm")
 
@@ -32,7 +33,7 @@ def test_every_example_of_the_help_is_understood(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each line of examples in a help text is a call that parses."""
-    monkeypatch.setattr(cli, "_demo", lambda arguments: 0)
+    monkeypatch.setattr(demo, "run", lambda arguments: 0)
     with pytest.raises(SystemExit):
         cli.main([*command, "--help"])
     examples = re.findall(r"^  python -m wdhook (.+?)(?:  .*)?$", capsys.readouterr().out, re.MULTILINE)
@@ -45,7 +46,7 @@ def test_every_example_of_the_help_is_understood(
 def test_the_demo_has_the_documented_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     """`demo` without options: seed 0, 16 epochs, demo.png here."""
     got: dict[str, Any] = {}
-    monkeypatch.setattr(cli, "_demo", lambda arguments: got.update(vars(arguments)) or 0)
+    monkeypatch.setattr(demo, "run", lambda arguments: got.update(vars(arguments)) or 0)
     assert cli.main(["demo"]) == 0
     assert (got["seed"], got["epochs"], got["out"]) == (0, 16, Path("demo.png"))
 
@@ -123,7 +124,7 @@ def test_a_terminal_without_λ_is_no_error(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UnicodeEncodeError):
         stream.write("λ")
     monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr(cli, "_demo", lambda arguments: print("λ = 1 ×") or 0)
+    monkeypatch.setattr(demo, "run", lambda arguments: print("λ = 1 ×") or 0)
     assert cli.main(["demo"]) == 0
     stream.flush()
     assert raw.getvalue() == b"? = 1 ?\n"

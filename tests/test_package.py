@@ -32,11 +32,14 @@ LAYERS = [
     {"__init__"},
     {"plot", "integrations.__init__", "integrations._callback"},
     {"_demo", "integrations.lightning", "integrations.transformers"},
+    {"_commands.__init__", "_commands._shared"},
+    {"_commands.demo"},
     {"cli"},
     {"__main__"},
 ]
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
-OPTIONAL = {"plot", "_demo", "cli", "__main__", *(name for name in FILES if name.startswith("integrations."))}
+FOLDERS = ("integrations.", "_commands.")
+OPTIONAL = {"plot", "_demo", "cli", "__main__", *(name for name in FILES if name.startswith(FOLDERS))}
 
 
 def imports_of(path: Path, typing_too: bool = False) -> set[str]:

@@ -8,13 +8,11 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
-from pathlib import Path
 
 from . import __version__
-
-BAD_USAGE = 2  # argparse's own exit status for a mistake of the user
-_DEMO_PACKAGES = ("matplotlib", "rich", "sklearn", "tqdm")
+from ._commands import demo
+from ._commands._shared import BAD_USAGE, PROGRAM, UsageError
+from ._errors import WdhookError
 
 _DESCRIPTION = "Weight decay taken out of the optimizer: once per step, on weights and nothing else."
 
@@ -24,25 +22,12 @@ examples:
   python -m wdhook demo --help         what the demo shows, and its options
 """
 
-_DEMO_DESCRIPTION = """\
-Train a small residual BatchNorm network on the scanned digits of scikit-learn four times, from the
-same weights, on the same batches: (a) no decay, (b) the optimizer's decay on everything, (c) the
-optimizer's param groups, written by hand, (d) wdhook.attach. Then print accuracy, norms and time per
-step, say whether (c) and (d) are equal to the last bit, and plot the norms over training.
-
-exit status: 0 when (c) and (d) are equal to the last bit, 1 when they differ, 2 when it cannot run.
-"""
-
-_DEMO_EXAMPLES = """\
-examples:
-  python -m wdhook demo                          under a minute on two cores, writes demo.png
-  python -m wdhook demo --seed 3 --out run3.png  other weights, batches and test split
-  python -m wdhook demo --epochs 4               a quick look
-"""
+_COMMANDS = (demo,)  # in the order of the help; each has `add` and `run`
+_CLOSED_PIPE = 141  # what a shell reports of a program that SIGPIPE ended, as `head` does to its neighbour
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status.
+    """Run one command and return its exit status: 0 well, 1 something was found, 2 bad usage.
 
     Args:
         argv: the arguments, without the program; None takes those of the process.
@@ -52,78 +37,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     with _printable():
         arguments = _parser().parse_args(argv)
-        status: int = arguments.run(arguments)
+        try:
+            status: int = arguments.run(arguments)
+            sys.stdout.flush()
+        except (UsageError, WdhookError) as error:
+            print(f"{PROGRAM} {arguments.command}: error: {error}", file=sys.stderr)
+            return BAD_USAGE
+        except BrokenPipeError:
+            # Nobody reads on. Python would complain when it closes the stream.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _CLOSED_PIPE
         return status
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m wdhook",
+        prog=PROGRAM,
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"wdhook {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
-    # One function for each command: it adds a parser and names what runs it.
-    for add in (_add_demo,):
-        add(commands)
+    for command in _COMMANDS:
+        command.add(commands)
     return parser
-
-
-def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "demo",
-        help="train on real digits and compare wdhook with the optimizer's own decay",
-        description=_DEMO_DESCRIPTION,
-        epilog=_DEMO_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of weights, batches and split (default: 0)")
-    parser.add_argument("--epochs", type=_epochs, default=16, metavar="N", help="of each training (default: 16)")
-    parser.add_argument(
-        "--out", type=_png, default="demo.png", metavar="PNG", help="where the plot goes (default: demo.png)"
-    )
-    parser.set_defaults(run=_demo)
-
-
-def _demo(arguments: argparse.Namespace) -> int:
-    missing = [name for name in _DEMO_PACKAGES if find_spec(name) is None]
-    if missing:
-        print(
-            f"python -m wdhook demo: error: the demo needs packages that are not installed: {', '.join(missing)}\n"
-            "  Install them: pip install 'wdhook[demo]'",
-            file=sys.stderr,
-        )
-        return BAD_USAGE
-    from ._demo import demo
-
-    return demo(arguments.seed, arguments.epochs, arguments.out)
-
-
-def _seed(text: str) -> int:
-    # scikit-learn takes 32 bits.
-    return _integer(text, 0, 2**32 - 1)
-
-
-def _epochs(text: str) -> int:
-    return _integer(text, 1, 10_000)
-
-
-def _integer(text: str, low: int, high: int) -> int:
-    if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-        raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
-    return int(text)
-
-
-def _png(text: str) -> Path:
-    """A path that can be written: found out before the training, not after it."""
-    path = Path(text)
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise argparse.ArgumentTypeError(f"must be the name of a .png file, got {text!r}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot be written: {text!r}")
-    return path
 
 
 @contextmanager
