@@ -33,7 +33,8 @@ LAYERS = [
     {"plot", "integrations.__init__", "integrations._callback"},
     {"_demo", "integrations.lightning", "integrations.transformers"},
     {"_commands.__init__", "_commands._shared"},
-    {"_commands.demo"},
+    {"_commands._inputs", "_commands.demo"},
+    {"_commands._targets"},
     {"cli"},
     {"__main__"},
 ]

@@ -37,3 +37,8 @@ def add_command(
     )
     parser.set_defaults(run=run, command=name)
     return parser
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the message of an error."""
+    return (str(error).strip().splitlines() or ["(no message)"])[0]
