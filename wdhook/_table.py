@@ -3,47 +3,65 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._decisions import Decision
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a path component that is a number: the 3 of "layers.3.fc"
+Row = tuple[str, ...]
 Index = tuple[tuple[int, int], ...]  # one (first, last) for each number of a name
 
 
 def plan_table(weight_decay: float, decisions: Sequence[Decision]) -> str:
     """The decisions as a table: guesses first, then model order, and totals by role."""
+    rows, sums = plan_rows(decisions), totals(decisions)
+    return "\n".join([headline(weight_decay, decisions), "", *aligned(rows), "", *aligned(sums, right=range(1, 5))])
+
+
+def headline(weight_decay: float, decisions: Sequence[Decision]) -> str:
+    """The plan in one line."""
     decayed = [d for d in decisions if d.weight_decay > 0]
-    ordered = sorted(decisions, key=lambda d: not d.guess)
-    rows = [("parameter", "shape", "role", "λ", "reason")]
-    rows += [(name, _shape(d), str(d.role), f"{d.weight_decay:g}", _reason(d)) for name, d in fold(ordered)]
-    return "\n".join(
-        [
-            f"weight decay {weight_decay:g} on {len(decayed)} of {len(decisions)} tensors, "
-            f"{_count(sum(d.numel for d in decayed))} of {_count(sum(d.numel for d in decisions))} elements",
-            "",
-            *_aligned(rows),
-            "",
-            *_aligned(_totals(decisions), right=range(1, 5)),
-        ]
+    return (
+        f"weight decay {weight_decay:g} on {len(decayed)} of {len(decisions)} tensors, "
+        f"{_count(sum(d.numel for d in decayed))} of {_count(sum(d.numel for d in decisions))} elements"
     )
+
+
+def plan_rows(decisions: Sequence[Decision]) -> list[Row]:
+    """A heading, and a row for each run of decisions that differ only in the numbers of their names."""
+    ordered = sorted(decisions, key=lambda d: not d.guess)
+    rows: list[Row] = [("parameter", "shape", "role", "λ", "reason")]
+    rows += [(name, _shape(d), str(d.role), f"{d.weight_decay:g}", _reason(d)) for name, d in fold(ordered)]
+    return rows
 
 
 def diff_table(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) -> str:
     """What two plans decide differently, as a table."""
     numel = sum(known.numel for pair in pairs.values() if (known := pair[0] or pair[1]))
-    rows = [("parameter", "shape", "λ", "λ of other", "reason", "reason of other")]
-    for name, (one, other) in pairs.items():
-        shape = _shape(known) if (known := one or other) else ""
-        rows.append((name, shape, _λ(one), _λ(other), _why(one), _why(other)))
     head = f"{len(pairs)} tensors with {_count(numel)} elements are decided differently"
-    return "\n".join([head, "", *_aligned(rows)]) if pairs else head
+    return "\n".join([head, "", *aligned(diff_rows(pairs))]) if pairs else head
 
 
-def fold(decisions: Sequence[Decision]) -> list[tuple[str, Decision]]:
-    """Join decisions that differ only in the numbers of their names.
+def diff_rows(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) -> list[Row]:
+    """As `plan_rows`, with what each of two plans decides."""
+
+    def both(name: str) -> tuple[str, ...]:
+        one, other = pairs[name]
+        return _λ(one), _λ(other), _why(one), _why(other)
+
+    known = [one or other for one, other in pairs.values()]
+    rows: list[Row] = [("parameter", "shape", "λ", "λ of other", "reason", "reason of other")]
+    for label, d in fold([d for d in known if d], lambda d: tuple(_NUMBER.sub("#", cell) for cell in both(d.name))):
+        rows.append((label, _shape(d), *both(d.name)))
+    return rows
+
+
+def fold(
+    decisions: Sequence[Decision], also: Callable[[Decision], object] = lambda decision: None
+) -> list[tuple[str, Decision]]:
+    """Join decisions that differ only in the numbers of their names, and are alike in what `also` gives.
 
     Returns:
         (label, first decision) for each run, such as ``layers.0-11.attn.qkv.weight ×12``.
@@ -52,7 +70,7 @@ def fold(decisions: Sequence[Decision]) -> list[tuple[str, Decision]]:
     for d in decisions:
         index = tuple((int(n), int(n)) for n in _NUMBER.findall(d.name))
         reason = _NUMBER.sub("#", d.reason)
-        key = (_NUMBER.sub("#", d.name), d.shape, d.role, d.weight_decay, reason, d.guess)
+        key = (_NUMBER.sub("#", d.name), d.shape, d.role, d.weight_decay, reason, d.guess, also(d))
         groups.setdefault(key, []).append((index, d))
     place = {id(d): i for i, d in enumerate(decisions)}
     runs = [run for members in groups.values() for run in _joined(members, len(members[0][0]))]
@@ -83,8 +101,9 @@ def _label(name: str, index: Index) -> str:
     return f"{text} ×{times}" if times > 1 else text
 
 
-def _totals(decisions: Sequence[Decision]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("role", "tensors", "decayed", "elements", "decayed")]
+def totals(decisions: Sequence[Decision]) -> list[Row]:
+    """A heading, a row for each role, and one for all."""
+    rows: list[Row] = [("role", "tensors", "decayed", "elements", "decayed")]
     for role in (*dict.fromkeys(d.role for d in decisions), None):
         mine = [d for d in decisions if role is None or d.role == role]
         on = [d for d in mine if d.weight_decay > 0]
@@ -93,7 +112,8 @@ def _totals(decisions: Sequence[Decision]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _aligned(rows: Sequence[tuple[str, ...]], right: Iterable[int] = ()) -> list[str]:
+def aligned(rows: Sequence[Row], right: Iterable[int] = ()) -> list[str]:
+    """Rows as lines of text, with a rule below the heading; the columns in `right` are flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = set(right)
     lines = [
