@@ -233,7 +233,7 @@ def _check_copies(engine: Engine, optimizer: Optimizer, view: View) -> None:
     if engine.was_given(optimizer):
         raise _master_weights(*waiting, type(optimizer).__name__)
     if not view.cleared:
-        if any(_is_copy(p, waiting[1]) and not _is_of_a_module(p) for p in steps):
+        if any(is_copy(p, waiting[1]) and not _is_of_a_module(p) for p in steps):
             raise _master_weights(*waiting, type(optimizer).__name__)
         view.cleared = True
     engine.foreign_steps += 1
@@ -251,7 +251,7 @@ _STEPS_TO_SHOW = 3  # what an optimizer keeps for a parameter is there once it h
 _PATIENCE = 20  # steps; the critic of a GAN takes five or so before the generator's first
 
 
-def _is_copy(stepped: Tensor, param: Tensor) -> bool:
+def is_copy(stepped: Tensor, param: Tensor) -> bool:
     """Whether `stepped` is a copy of `param`, or a flat buffer that begins with one. Synchronises."""
     flat = stepped.ndim == 1 and stepped.numel() >= param.numel()
     if not (flat or stepped.shape == param.shape) or stepped is param or hasattr(param, "to_local"):
@@ -290,6 +290,12 @@ def _master_weights(name: str, param: Tensor, optimizer: str) -> MasterWeightsEr
 
 def _warn_of_rounding(engine: Engine, optimizer: Optimizer, view: View) -> None:
     """Warn once if the decay of a low-precision parameter is less than its rounding error."""
+    for _, message in roundings(engine, optimizer, view):
+        engine.warn_once("rounding", message)
+
+
+def roundings(engine: Engine, optimizer: Any, view: View) -> Iterator[tuple[list[Pair], str]]:
+    """Low-precision parameters whose decay of one step is less than their rounding error, and how to say that."""
     for group, buckets in zip(optimizer.param_groups, view.buckets, strict=True):
         lr = given if is_number(given := engine.settings.lr) else _largest_lr(group)
         for bucket in buckets:
@@ -299,8 +305,8 @@ def _warn_of_rounding(engine: Engine, optimizer: Optimizer, view: View) -> None:
             # p·(1 − x) rounds to p again if x is less than half the spacing of numbers just below p's power of two.
             half_ulp = torch.finfo(param.dtype).eps / 2
             if lr * entry.weight_decay < half_ulp:
-                engine.warn_once(
-                    "rounding",
+                yield (
+                    bucket,
                     "The decay of one step is less than half a unit in the last place of the parameter: alone, it "
                     "rounds away.\n"
                     f"  parameter: {entry.name} {param.dtype}\n"
