@@ -34,7 +34,8 @@ LAYERS = [
     {"_demo", "integrations.lightning", "integrations.transformers"},
     {"_commands.__init__", "_commands._shared"},
     {"_commands._inputs", "_commands.demo"},
-    {"_commands._targets"},
+    {"_commands._targets", "_commands._plans"},
+    {"_commands.inspect"},
     {"cli"},
     {"__main__"},
 ]
@@ -102,11 +103,9 @@ def test_no_file_is_too_large() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in wdhook.__all__ if not n.startswith("__")])
-def test_every_public_name_has_a_docstring_and_is_in_the_docs(name: str) -> None:
-    """Public ⇒ documented: a docstring of its own, and a mention in docs/api.md."""
-    thing = getattr(wdhook, name)
-    assert inspect.getdoc(thing)
-    assert f"`{name}" in (ROOT / "docs" / "api.md").read_text()
+def test_every_public_name_has_a_docstring(name: str) -> None:
+    """Public ⇒ documented; tests/test_documented.py sees to the page that is made from the docstrings."""
+    assert inspect.getdoc(getattr(wdhook, name))
 
 
 FUNCTIONS = ["adopt", "apply_weight_decay", "attach", "l2_penalty", "param_groups", "plan"]
