@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,6 +23,7 @@ import wdhook
 
 from .models import Tensors
 from .ratios import DECOUPLED, LR, MOMENTS, λ
+from .timing import Variant, side_by_side
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def totals(device: torch.device, quick: bool) -> Iterator[Total]:
         if quick:
             count //= 100
         yield Total(f"attach, {count:,} parameters", _attach(count), "s", at_most)
-    yield Total("Python memory of a decayed parameter", _python_memory(200 if quick else 5_000), "bytes", 600)
+    yield from _memories(200 if quick else 5_000)
     size = 64 if quick else 2048
     for name, how in (MOMENTS | DECOUPLED).items():
         yield Total(f"tensor memory of a step, {name}", _tensor_memory(device, size, how), "MiB", 0.0)
@@ -52,27 +54,46 @@ def totals(device: torch.device, quick: bool) -> Iterator[Total]:
 
 
 def _attach(count: int) -> float:
-    """Seconds, for a model of which every parameter is decayed."""
-    model = Tensors(count, (1, 1), torch.device("cpu"))
-    seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        handle = wdhook.attach(model, λ)
-        seconds.append(time.perf_counter() - start)
-        handle.remove()
-    return statistics.quantiles(seconds, n=4)[0]
+    """Seconds, for a model of which every parameter is decayed; the garbage collector is off, as in timeit."""
+    device = torch.device("cpu")
+    model = Tensors(count, (1, 1), device)
+    handles: list[wdhook.WeightDecay] = []
+
+    def detach() -> None:
+        while handles:
+            handles.pop().remove()
+
+    attach = Variant(lambda: handles.append(wdhook.attach(model, λ)), detach)
+    return side_by_side({"attach": attach}, 7, device)["attach"].lower
 
 
-def _python_memory(count: int) -> float:
-    """Bytes of Python objects for each decayed parameter, the handle's plan included."""
-    model = Tensors(count, (1, 1), torch.device("cpu"))
-    wdhook.attach(model, λ).remove()  # what is allocated once
+def _python_memory(model: nn.Module, register: Callable[[nn.Module], Any]) -> float:
+    """Bytes of Python objects for each parameter that stay after `register`; torch's, and the plan of a handle too."""
+    register(copy.deepcopy(model))  # what is allocated once
+    gc.collect()
     tracemalloc.start()
-    handle = wdhook.attach(model, λ)
+    kept = register(model)
     used, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    handle.remove()
-    return used / count
+    del kept
+    return used / len(list(model.parameters()))
+
+
+def _memories(count: int) -> Iterator[Total]:
+    device = torch.device("cpu")
+
+    def bare(model: nn.Module) -> Any:
+        def hook(param: Tensor) -> None:
+            pass
+
+        return [p.register_post_accumulate_grad_hook(hook) for p in model.parameters()]
+
+    def attach(model: nn.Module) -> Any:
+        return wdhook.attach(model, λ)
+
+    weights = [_python_memory(Tensors(count, (1, 1), device), register) for register in (bare, attach)]
+    yield Total("Python memory of a decayed parameter, torch's hook alone", weights[0], "bytes", None)
+    yield Total("Python memory of a decayed parameter, beyond that", weights[1] - weights[0], "bytes", 600)
 
 
 class _Allocated(TorchDispatchMode):

@@ -305,7 +305,7 @@ def test_classified_gives_the_parameters() -> None:
     """The same verdicts in the same order, with the model's own tensors, each once."""
     model = nn.ModuleDict({"embed": nn.Embedding(4, 4), "tail": nn.Linear(4, 4)})
     model["tail"].weight = model["embed"].weight
-    found = classified(model)
+    found = list(classified(model))
     assert {name: verdict for name, _, verdict in found} == classify(model)
     assert [(name, id(p)) for name, p, _ in found] == [(name, id(p)) for name, p in model.named_parameters()]
 

@@ -5,31 +5,25 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import wraps
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._compile import _disable_dynamo  # torch.compiler.disable, but torch._dynamo is imported by the first call
 from torch.utils.hooks import RemovableHandle
 
 from . import _arithmetic as arithmetic
 from ._guards import decays_itself
 from ._state import Entry
-from ._window import local_version
+from ._window import Owner, local_version
 
 if TYPE_CHECKING:
     from ._engine import Engine
 
-Hook = Callable[[Tensor], None]
 _F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def make_hook(engine: Engine, entry: Entry) -> Hook:
-    """The hook for one parameter. It owns `entry`, and keeps the engine alive."""
-    kind = _coupled_hook if engine.settings.mode == "coupled" else _decoupled_hook
-    return never_compiled(kind(engine, entry))
 
 
 def never_compiled(function: _F) -> _F:
@@ -43,7 +37,7 @@ def never_compiled(function: _F) -> _F:
         skip = dynamo._FrameAction.SKIP
         dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))  # and all it calls
     except AttributeError:  # before torch 2.7
-        return cast(_F, partial(_aside, function))
+        return cast(_F, wraps(function)(lambda *args, **kwargs: _aside(function, *args, **kwargs)))
     vars(function)["_torchdynamo_disable"] = True
     vars(function)["_torchdynamo_disable_msg"] = (
         'wdhook decays in hooks, which run in Python; at="step" has none in the backward'
@@ -56,7 +50,7 @@ def _aside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def register_first(param: Tensor, hook: Hook) -> RemovableHandle:
+def register_first(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
     """Register a post-accumulate-grad hook that runs before those which are there already.
 
     An optimizer that steps inside the backward does so in such a hook, and decay comes before the step.
@@ -71,41 +65,59 @@ def register_first(param: Tensor, hook: Hook) -> RemovableHandle:
     return handle
 
 
-def _coupled_hook(engine: Engine, entry: Entry) -> Hook:
-    # Flat, because its cost is paid for each tensor in each backward.
-    is_grad_enabled = torch.is_grad_enabled
-    ref = weakref.ref
-    scaler = engine.settings.scaler
-    witness = engine.witness
+class Hook(Entry):
+    """An entry that is itself the hook of its parameter, which owns it. Keeps the engine alive."""
 
-    def hook(param: Tensor) -> None:
+    __slots__ = ("engine",)
+
+    def __init__(self, engine: Engine, name: str, weight_decay: float, follows: bool, owner: Owner) -> None:
+        super().__init__(name, weight_decay, follows, owner)
+        self.engine = engine
+
+    def __call__(self, param: Tensor) -> None:
+        """Decay `param`, into whose gradient autograd has just accumulated."""
+        raise NotImplementedError
+
+
+class CoupledHook(Hook):
+    """Adds λ·p to the gradient."""
+
+    __slots__ = ()
+
+    @never_compiled
+    def __call__(self, param: Tensor) -> None:
+        """Flat, because its cost is paid for each tensor in each backward."""
         grad = param.grad
         if grad is None:
             return
-        if entry.stamp == entry.owner.steps:  # in a pause too: what it adds is no work of others
-            held = entry.holds(grad)
-            if held is None:
-                held = not witness.says_zeroed(engine, entry, grad)
-            if not held:
-                if entry.rows is not None and not grad.is_sparse:
-                    _warn_of_mixture(engine, entry)
-                entry.reopen()
-            elif not grad.is_sparse:
-                return
-        if engine.pauses or not entry.alpha:
+        owner, engine = self.owner, self.engine
+        if self.stamp == owner.steps and self._stays(grad):  # in a pause too: what it adds is no work of others
+            return
+        alpha = self.alpha
+        if engine.pauses or not alpha:
             return
         # Grad mode is on under backward(create_graph=True) alone; a context costs as much as the addition.
-        if scaler is not None or grad.is_sparse or is_grad_enabled():
-            _add(param, grad, entry, scaler)
+        if engine.scaler is not None or grad.is_sparse or is_grad_enabled():
+            _add(param, grad, self, engine.scaler)
         else:
-            grad.add_(param, alpha=entry.alpha)
-        entry.stamp = entry.owner.steps
-        entry.buffer = ref(grad)
-        entry.version = grad._version
+            grad.add_(param, alpha=alpha)
+        self.stamp = owner.steps
+        self.buffer = ref(grad)
+        self.version = grad._version
         if type(grad) is not Tensor:
-            entry.local = local_version(grad)
+            self.local = local_version(grad)
 
-    return hook
+    def _stays(self, grad: Tensor) -> bool:
+        """Whether the decay of this window is in `grad` already, all of it."""
+        held = self.holds(grad)
+        if held is None:
+            held = not self.engine.witness.says_zeroed(self.engine, self, grad)
+        if held:
+            return not grad.is_sparse  # it may name new rows
+        if self.rows is not None and not grad.is_sparse:
+            _warn_of_mixture(self.engine, self)
+        self.reopen()
+        return False
 
 
 def _add(param: Tensor, grad: Tensor, entry: Entry, scaler: Any | None) -> None:
@@ -129,38 +141,42 @@ def _warn_of_mixture(engine: Engine, entry: Entry) -> None:
     )
 
 
-def _decoupled_hook(engine: Engine, entry: Entry) -> Hook:
-    def hook(param: Tensor) -> None:
-        grad = param.grad
-        if grad is None or engine.pauses or not entry.weight_decay:
+class DecoupledHook(Hook):
+    """Shrinks the parameter."""
+
+    __slots__ = ()
+
+    @never_compiled
+    def __call__(self, param: Tensor) -> None:
+        """Once in a window, and then for rows of a sparse gradient that are new."""
+        grad, engine = param.grad, self.engine
+        if grad is None or engine.pauses or not self.weight_decay:
             return
-        if entry.decayed and not entry.owner.heard:
+        if self.decayed and not self.owner.heard:
             # Nobody tells of this optimizer's steps: a fresh gradient does, or one that was zeroed.
-            held = entry.holds(grad)
-            if held is False or (held is None and engine.witness.says_zeroed(engine, entry, grad)):
-                entry.reopen()
-        if entry.decayed:
+            held = self.holds(grad)
+            if held is False or (held is None and engine.witness.says_zeroed(engine, self, grad)):
+                self.reopen()
+        if self.decayed:
             engine.warn_once(
                 "again",
                 "A parameter got a second gradient before the optimizer stepped: decoupled decay in the backward has "
                 "already changed it, so the micro-batches of this step see different parameters.\n"
-                f"  parameter: {entry.name}\n"
+                f"  parameter: {self.name}\n"
                 '  Use attach(..., at="step") with gradient accumulation. If the optimizer is no '
                 "torch.optim.Optimizer, give it as `optimizer=`",
             )
             if not grad.is_sparse:
                 return
-        by = _factor(engine, entry)
+        by = _factor(engine, self)
         if by is None:
             return
         with torch.no_grad():
             if grad.is_sparse:
-                entry.rows = arithmetic.mul_rows_(grad, param, by, entry.rows if entry.decayed else None)
+                self.rows = arithmetic.mul_rows_(grad, param, by, self.rows if self.decayed else None)
             else:
                 param.mul_(by)
-        entry.mark(grad)
-
-    return hook
+        self.mark(grad)
 
 
 def _factor(engine: Engine, entry: Entry) -> arithmetic.Number | None:

@@ -11,6 +11,7 @@ import bisect
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ _EXEMPT_FLAGS = ("_no_weight_decay", "no_weight_decay", "skip_weight_decay")
 _MODULE_ATTRIBUTES = ("no_weight_decay", "no_weight_decay_keywords")
 _ROLES = tuple(role.value for role in Role)
 _EMBEDDING_FLAGS = ("is_embedding_parameter", "shared_embedding", "is_embedding_or_output_parameter")
+_OPTIONS = "_optim"  # S4: {"weight_decay": 0.0, "lr": ...}
+_FLATTENED = "_is_flat_param"
+_FLAGS = (*_EXEMPT_FLAGS, *_EMBEDDING_FLAGS, _OPTIONS, _FLATTENED)
 
 
 def bare_name(name: str) -> str:
@@ -34,18 +38,21 @@ def bare_name(name: str) -> str:
 
 
 def is_plain(parameter: torch.Tensor) -> bool:
-    """Whether nobody wrote anything on the parameter: most are, and looking up absent attributes is slow."""
-    return type(parameter) is nn.Parameter and not parameter.__dict__
+    """Whether nobody has marked the parameter: most are plain.
+
+    Asked flag by flag: a look at its `__dict__` would make one, which stays.
+    """
+    return type(parameter) is nn.Parameter and not any(map(partial(hasattr, parameter), _FLAGS))
 
 
 def is_flattened(parameter: torch.Tensor) -> bool:
     """Whether FSDP made the parameter of several: it is an `nn.Parameter` that says so."""
-    return "_is_flat_param" in parameter.__dict__
+    return hasattr(parameter, _FLATTENED)
 
 
 def parameter_mark(parameter: torch.Tensor) -> tuple[float, str] | None:
     """An explicit weight decay that somebody wrote on the parameter itself, with its reason."""
-    options = getattr(parameter, "_optim", None)  # S4: {"weight_decay": 0.0, "lr": ...}
+    options = getattr(parameter, _OPTIONS, None)
     if isinstance(options, Mapping) and options.get("weight_decay") is not None:
         return float(options["weight_decay"]), f"marked _optim[weight_decay]={options['weight_decay']}"
     for flag in _EXEMPT_FLAGS:

@@ -13,9 +13,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _arithmetic as arithmetic
-from ._backward import Witness, make_hook, register_first
+from ._backward import CoupledHook, DecoupledHook, Hook, Witness, register_first
 from ._conventions import bare_name
-from ._decisions import Plan
+from ._decisions import Decision, Plan
 from ._errors import WdhookWarning
 from ._guards import check_own_decay
 from ._members import Members
@@ -36,6 +36,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, plan: Plan, settings: Settings) -> None:
         self.settings = settings
+        self.scaler = settings.scaler  # asked for by every hook
         self.pauses = 0
         self.closed = False
         self.steps = 0
@@ -193,15 +194,20 @@ class Engine:
         """The entry of a parameter, made and hooked if there is none yet; None if it is exempt."""
         entry = self.entry(param)
         if entry is None:
-            if not self._eligible(name):
+            decision = self._plan.get(name)
+            if decision is None or not decision.eligible:
                 return None
-            decision = self._plan[name]
-            λ = self._weight_decay if decision.follows else decision.weight_decay
-            entry = self._entries[id(param)] = Entry(name, λ, decision.follows, self._unowned)
-        hookable = param.requires_grad and not is_lazy(param)  # others are decayed at their first step, then hooked
-        if self.settings.at == "backward" and entry.handle is None and hookable:
-            entry.handle = register_first(param, make_hook(self, entry))
+            entry = self._entries[id(param)] = self._new_entry(decision)
+        if isinstance(entry, Hook) and entry.handle is None and param.requires_grad and not is_lazy(param):
+            entry.handle = register_first(param, entry)  # others are decayed at their first step, then hooked
         return entry
+
+    def _new_entry(self, decision: Decision) -> Entry:
+        λ = self._weight_decay if decision.follows else decision.weight_decay
+        if self.settings.at == "step":
+            return Entry(decision.name, λ, decision.follows, self._unowned)
+        kind = CoupledHook if self.settings.mode == "coupled" else DecoupledHook
+        return kind(self, decision.name, λ, decision.follows, self._unowned)
 
     def _eligible(self, name: str) -> bool:
         decision = self._plan.get(name)

@@ -18,16 +18,22 @@ class Members:
         self._root = weakref.ref(model)
         self._died = died  # called when the last module is gone
         forget = self._forget
-        self._modules = {path: weakref.ref(module, forget) for path, module in model.named_modules()}
+        named = dict(model.named_modules())
+        self._paths = "\0".join(named)  # one string: needed by few, and most of them are short
+        self._modules = [weakref.ref(module, forget) for module in named.values()]
+        self._living = len(self._modules)
 
     def _forget(self, _: object) -> None:
-        if all(ref() is None for ref in self._modules.values()):
+        self._living -= 1
+        if not self._living:
             self._died()
 
     def model(self) -> nn.Module:
         """The model as it is now; if it has died, a container with those of its modules that live."""
         model = self._root()
-        return model if model is not None else _container({path: ref() for path, ref in self._modules.items()})
+        if model is not None:
+            return model
+        return _container({path: ref() for path, ref in zip(self._paths.split("\0"), self._modules, strict=True)})
 
 
 def _container(modules: Mapping[str, nn.Module | None]) -> nn.Module:

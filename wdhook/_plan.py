@@ -119,11 +119,14 @@ def _refuse_flattened(model: nn.Module, decisions: Mapping[str, Decision]) -> No
 
 def _follow_roles(model: nn.Module, weight_decay: float) -> dict[str, Decision]:
     decisions = {}
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # most repeat, and a plan lives long
     for name, parameter, verdict in classified(model):
         follows = verdict.weight_decay is None and verdict.role in DECAYED_ROLES
         λ = weight_decay if follows else verdict.weight_decay or 0.0
-        extent = _extent(parameter)
-        decisions[name] = Decision(name, verdict.role, λ, verdict.reason, *extent, verdict.guess, follows)
+        numel = 0 if is_lazy(parameter) else parameter.numel()
+        shape = () if is_lazy(parameter) else tuple(parameter.shape)
+        shape = shapes.setdefault(shape, shape)
+        decisions[name] = Decision(name, verdict.role, λ, verdict.reason, shape, numel, verdict.guess, follows)
     return decisions
 
 
@@ -141,12 +144,6 @@ def _follow_recipe(model: nn.Module, recipe: str, weight_decay: float) -> dict[s
         )
         for name, decision in _follow_roles(model, weight_decay).items()
     }
-
-
-def _extent(parameter: Any) -> tuple[tuple[int, ...], int]:
-    if is_lazy(parameter):
-        return (), 0
-    return tuple(parameter.shape), parameter.numel()
 
 
 def _candidates(model: nn.Module, decisions: Mapping[str, Decision]) -> Iterator[Candidate]:

@@ -71,20 +71,25 @@ def classify(model: nn.Module) -> dict[str, Verdict]:
     return {name: verdict for name, _, verdict in classified(model)}
 
 
-def classified(model: nn.Module) -> list[tuple[str, torch.Tensor, Verdict]]:
+def classified(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Verdict]]:
     """What `classify` says, with the parameter itself: (name, parameter, verdict)."""
     modules = dict(model.named_modules())
     listed = module_marks(modules, (name for name, *_ in _seats(modules)))
     reader = _Reader(modules)
-    found: dict[int, tuple[str, torch.Tensor, Verdict]] = {}  # keeps what scripted modules hand out alive
+    names: list[str] = []
+    parameters: list[torch.Tensor] = []  # keeps alive what scripted modules hand out
+    verdicts: dict[int, Verdict] = {}
     for name, path, local, parameter in _seats(modules):
         verdict = _marked(reader.read(path, local, parameter), parameter, listed.get(name))
-        first, _, known = found.setdefault(id(parameter), (name, parameter, verdict))
-        if known is not verdict and known.decayed and not verdict.decayed:
-            found[id(parameter)] = first, parameter, verdict
+        known = verdicts.get(id(parameter))
+        if known is None:
+            names.append(name)
+            parameters.append(parameter)
+        if known is None or (known.decayed and not verdict.decayed):
+            verdicts[id(parameter)] = verdict
     if type(model).named_parameters is nn.Module.named_parameters:
-        return list(found.values())
-    return [(name, parameter, found[id(parameter)][2]) for name, parameter in model.named_parameters()]
+        return zip(names, parameters, verdicts.values(), strict=True)
+    return ((name, parameter, verdicts[id(parameter)]) for name, parameter in model.named_parameters())
 
 
 def _seats(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str, str, torch.Tensor]]:
@@ -120,13 +125,10 @@ def _packed(parameter: torch.Tensor) -> Verdict | None:
 
 def _shape(parameter: torch.Tensor) -> Shape:
     """The shape before anybody sharded it, or None while it is not known."""
-    if not is_plain(parameter):
-        whole = getattr(parameter, "ds_shape", None)  # DeepSpeed ZeRO-3 leaves an empty 1-D tensor behind
-        if whole is not None:
-            return tuple(whole)
-        if is_lazy(parameter):
-            return None
-    return parameter.shape
+    whole = getattr(parameter, "ds_shape", None)  # DeepSpeed ZeRO-3 leaves an empty 1-D tensor behind
+    if whole is not None:
+        return tuple(whole)
+    return None if is_lazy(parameter) else parameter.shape
 
 
 class _Reader:

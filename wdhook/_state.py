@@ -52,7 +52,7 @@ class Entry(Window):
     def set(self, weight_decay: float) -> None:
         """Change λ."""
         self.weight_decay = weight_decay
-        self.alpha = self.sign * weight_decay  # what coupled decay adds, times the parameter
+        self.alpha = weight_decay if self.sign > 0 else -weight_decay  # what coupled decay adds, times the parameter
 
 
 Pair = tuple[Tensor, Entry]
