@@ -17,12 +17,15 @@ PACKAGE = ROOT / "wdhook"
 
 # A file imports only from layers below its own.
 LAYERS = [
-    {"_errors", "_role_names"},
+    {"_errors", "_role_names", "_trace_ops", "_norm_eps", "_isolated", "_invariance"},
     {"_numbers", "_conventions", "_arithmetic", "_window", "_members"},
-    {"_roles", "_optimizers", "_table", "_averages"},
-    {"_decisions", "_overrides", "_recipes"},
+    {"schedules", "_roles", "_optimizers", "_table", "_trace", "_averages"},
+    {"_decisions", "_overrides", "_recipes", "_audit_table", "_opaque"},
+    {"_findings"},
+    {"_audit"},
     {"_plan"},
     {"_state", "_guards"},
+    {"_progress"},
     {"_backward"},
     {"_engine"},
     {"_step"},
@@ -35,7 +38,9 @@ LAYERS = [
     {"_commands.__init__", "_commands._shared"},
     {"_commands._inputs", "_commands.demo"},
     {"_commands._targets", "_commands._plans"},
-    {"_commands.inspect"},
+    {"_commands.inspect", "_commands._findings", "_commands._training"},
+    {"_commands._examination"},
+    {"_commands.doctor"},
     {"cli"},
     {"__main__"},
 ]
@@ -108,7 +113,7 @@ def test_every_public_name_has_a_docstring(name: str) -> None:
     assert inspect.getdoc(getattr(wdhook, name))
 
 
-FUNCTIONS = ["adopt", "apply_weight_decay", "attach", "l2_penalty", "param_groups", "plan"]
+FUNCTIONS = ["adopt", "apply_weight_decay", "attach", "audit", "l2_penalty", "param_groups", "plan"]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+from . import schedules
 from ._attach import adopt, attach
+from ._audit import audit
 from ._decisions import Decision, Plan, PlanDiff
 from ._errors import (
     AlreadyAttachedError,
@@ -25,6 +27,7 @@ from ._errors import (
     WdhookError,
     WdhookWarning,
 )
+from ._findings import Audit, Finding
 from ._handle import WeightDecay
 from ._oneshot import apply_weight_decay, l2_penalty
 from ._plan import param_groups, plan
@@ -35,8 +38,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AlreadyAttachedError",
     "ArgumentError",
+    "Audit",
     "Decision",
     "DoubleDecayError",
+    "Finding",
     "LearningRateError",
     "LossScaleError",
     "MasterWeightsError",
@@ -55,7 +60,9 @@ __all__ = [
     "adopt",
     "apply_weight_decay",
     "attach",
+    "audit",
     "l2_penalty",
     "param_groups",
     "plan",
+    "schedules",
 ]

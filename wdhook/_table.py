@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from ._decisions import Decision
@@ -12,6 +12,17 @@ if TYPE_CHECKING:
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a path component that is a number: the 3 of "layers.3.fc"
 Row = tuple[str, ...]
 Index = tuple[tuple[int, int], ...]  # one (first, last) for each number of a name
+
+
+class Named(Protocol):
+    """What has the name of a parameter."""
+
+    @property
+    def name(self) -> str:
+        """Full name in the model."""
+
+
+T = TypeVar("T", bound=Named)
 
 
 def plan_table(weight_decay: float, decisions: Sequence[Decision]) -> str:
@@ -66,21 +77,27 @@ def fold(
     Returns:
         (label, first decision) for each run, such as ``layers.0-11.attn.qkv.weight ×12``.
     """
-    groups: dict[tuple[object, ...], list[tuple[Index, Decision]]] = {}
-    for d in decisions:
-        index = tuple((int(n), int(n)) for n in _NUMBER.findall(d.name))
-        reason = _NUMBER.sub("#", d.reason)
-        key = (_NUMBER.sub("#", d.name), d.shape, d.role, d.weight_decay, reason, d.guess, also(d))
-        groups.setdefault(key, []).append((index, d))
-    place = {id(d): i for i, d in enumerate(decisions)}
+    return fold_by(
+        decisions,
+        lambda d: (d.shape, d.role, d.weight_decay, _NUMBER.sub("#", d.reason), d.guess, also(d)),
+    )
+
+
+def fold_by(items: Sequence[T], alike: Callable[[T], object]) -> list[tuple[str, T]]:
+    """`fold` for whatever has a name: joins neighbours for which `alike` gives the same."""
+    groups: dict[tuple[object, ...], list[tuple[Index, T]]] = {}
+    for item in items:
+        index = tuple((int(n), int(n)) for n in _NUMBER.findall(item.name))
+        groups.setdefault((_NUMBER.sub("#", item.name), alike(item)), []).append((index, item))
+    place = {id(item): i for i, item in enumerate(items)}
     runs = [run for members in groups.values() for run in _joined(members, len(members[0][0]))]
-    return [(_label(d.name, index), d) for index, d in sorted(runs, key=lambda run: place[id(run[1])])]
+    return [(_label(item.name, index), item) for index, item in sorted(runs, key=lambda run: place[id(run[1])])]
 
 
-def _joined(members: list[tuple[Index, Decision]], depth: int) -> list[tuple[Index, Decision]]:
+def _joined(members: list[tuple[Index, T]], depth: int) -> list[tuple[Index, T]]:
     """Join neighbours along one number at a time, the innermost first."""
     for at in reversed(range(depth)):
-        runs: dict[Index, list[tuple[Index, Decision]]] = {}
+        runs: dict[Index, list[tuple[Index, T]]] = {}
         for index, d in members:
             run = runs.setdefault(index[:at] + index[at + 1 :], [])
             if run and run[-1][0][at][1] + 1 == index[at][0]:

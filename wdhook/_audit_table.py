@@ -1,0 +1,71 @@
+"""Audits as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ._table import Row, aligned, fold_by
+
+if TYPE_CHECKING:
+    from ._findings import Audit, Finding
+
+
+def audit_table(audit: Audit) -> str:
+    """Contradictions first, then the parameters in the order of the model, and what to paste."""
+    findings = list(audit.values())
+    rows: list[Row] = [("parameter", "shape", "used as", "role", "decayed", "decay acts on")]
+    ordered = sorted(findings, key=lambda f: f.agrees is not False)
+    rows += [(label, *_cells(f)) for label, f in fold_by(ordered, _cells)]
+    lines = [_head(audit, findings), "", *aligned(rows)]
+    if audit.overrides:
+        lines += ["", "to follow the uses:", "overrides={"]
+        lines += [f"    {name!r}: {λ!r}," for name, λ in audit.overrides.items()]
+        lines += ["}"]
+    return "\n".join(lines)
+
+
+def _head(audit: Audit, findings: Sequence[Finding]) -> str:
+    against = sum(1 for f in findings if f.agrees is False)
+    silent = sum(1 for f in findings if f.agrees is None)
+    free = [f for f in findings if f.invariant and f.should_decay]
+    mode = "training" if audit.training else "evaluation"
+    said = f"{against} contradict the plan, of {silent} the trace says nothing"
+    lines = [f"audit of {len(findings)} tensors in {mode} mode: {said}"]
+    if audit.threshold is None:
+        lines.append("scale invariance: not told, no output with a gradient and a value")
+    else:
+        lines.append(
+            f"scale invariance in {audit.dtype}, up to {audit.threshold:.1e}: decay acts on the step size alone in "
+            f"{len(free)} decayed tensors, {sum(f.numel for f in free):,} elements"
+        )
+    if audit.eps_share >= 1e-3:
+        lines.append(
+            f"eps takes part in the normalizations by up to {audit.eps_share:.1%}: so far the scale still matters"
+        )
+    return "\n".join(lines)
+
+
+def _cells(f: Finding) -> Row:
+    return "×".join(map(str, f.shape)) or "scalar", _use(f), _role(f), _decayed(f), _acts_on(f)
+
+
+def _use(f: Finding) -> str:
+    return f"{f.use}: {', '.join(f.operations)}" if f.operations else str(f.use)
+
+
+def _role(f: Finding) -> str:
+    return str(f.role) if f.role is f.static_role else f"{f.role}, planned as {f.static_role}"
+
+
+def _decayed(f: Finding) -> str:
+    said = "yes" if f.decayed else "no"
+    return f"{said}, wrong" if f.agrees is False else said
+
+
+def _acts_on(f: Finding) -> str:
+    if not f.should_decay:
+        return "-"
+    if not f.trainable:
+        return "frozen"
+    return f.acts_on or "no gradient"
