@@ -99,6 +99,7 @@ class Audit(Mapping[str, Finding]):
         self.threshold = threshold
         self.eps_share = eps_share
         self.training = training
+        self._bare = {bare_name(name): finding for name, finding in self._findings.items()}
 
     def __getitem__(self, name: str) -> Finding:
         return self._findings[name]
@@ -128,17 +129,16 @@ class Audit(Mapping[str, Finding]):
                 found[selector] = True if decay else 0.0
         return found
 
+    def saw(self, name: str) -> bool:
+        """Whether the audited model has a parameter of that name, whatever wraps either model."""
+        return bare_name(name) in self._bare
+
     def traced_role(self, name: str) -> tuple[Role, str] | None:
         """The role that a parameter was seen in, and by which operation; None where the trace says nothing."""
-        finding = self._by_bare_name().get(bare_name(name))
+        finding = self._bare.get(bare_name(name))
         if finding is None or finding.agrees is None:
             return None
         return finding.role, finding.operations[0]
-
-    def _by_bare_name(self) -> Mapping[str, Finding]:
-        if not hasattr(self, "_bare"):
-            self._bare = {bare_name(name): finding for name, finding in self.items()}
-        return self._bare
 
     def to_dict(self) -> dict[str, Any]:
         """The audit as plain data that ``json.dumps`` takes.

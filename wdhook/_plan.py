@@ -12,10 +12,11 @@ from torch.nn.parameter import is_lazy
 from ._conventions import bare_name, is_flattened
 from ._decisions import Decision, Plan
 from ._errors import ArgumentError, NothingToDecayError
+from ._findings import Audit
 from ._numbers import check_factor
 from ._overrides import Candidate, Overrides, apply_overrides
 from ._role_names import Role
-from ._roles import DECAYED_ROLES, classified
+from ._roles import DECAYED_ROLES, Verdict, classified
 
 
 def plan(
@@ -24,6 +25,7 @@ def plan(
     *,
     overrides: Overrides | None = None,
     recipe: str | None = None,
+    audit: Audit | None = None,
 ) -> Plan:
     """Decide which parameters of `model` are decayed. Pure: nothing is registered or changed.
 
@@ -35,6 +37,8 @@ def plan(
             ``f(name, module, parameter) -> bool``. A λ is absolute; 0.0 exempts, True means
             `weight_decay`. The last match wins.
         recipe: name of a known project's rule, used in place of wdhook's own.
+        audit: of this model, see `audit`. Roles are those that it has seen; marks and overrides still win, and so
+            does what types and names say where the audit saw nothing.
 
     Returns:
         One `Decision` for each name that ``model.named_parameters()`` gives, in its order.
@@ -49,17 +53,24 @@ def plan(
     >>> {name: decision.weight_decay for name, decision in plan.items()}
     {'weight': 0.0001, 'bias': 0.0}
     """
-    return decide(model, weight_decay, overrides, recipe, strict=True)
+    return decide(model, weight_decay, overrides, recipe, strict=True, audit=audit)
 
 
 def decide(
-    model: nn.Module, weight_decay: float, overrides: Overrides | None, recipe: str | None, strict: bool
+    model: nn.Module,
+    weight_decay: float,
+    overrides: Overrides | None,
+    recipe: str | None,
+    strict: bool,
+    audit: Audit | None = None,
 ) -> Plan:
     """`plan`, where with `strict` False a selector may match nothing: the model was planned before, and changed."""
     value = check_factor(weight_decay)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"`model` must be a torch.nn.Module.\n  got: {type(model).__name__}")
-    decisions = _follow_recipe(model, recipe, value) if recipe is not None else _follow_roles(model, value)
+    if audit is not None:
+        _check_audit(audit, model, recipe)
+    decisions = _follow_recipe(model, recipe, value) if recipe is not None else _follow_roles(model, value, audit)
     if overrides is not None:
         candidates = list(_candidates(model, decisions))
         for name, given, reason in apply_overrides(candidates, overrides, value, strict):
@@ -80,6 +91,7 @@ def param_groups(
     *,
     overrides: Overrides | None = None,
     recipe: str | None = None,
+    audit: Audit | None = None,
 ) -> list[dict[str, Any]]:
     """The same decision as optimizer groups, where the optimizer's own decay is the right one.
 
@@ -90,7 +102,7 @@ def param_groups(
     >>> [(group["weight_decay"], len(group["params"])) for group in groups]
     [(0.01, 1), (0.0, 1)]
     """
-    return plan(model, weight_decay, overrides=overrides, recipe=recipe).param_groups()
+    return plan(model, weight_decay, overrides=overrides, recipe=recipe, audit=audit).param_groups()
 
 
 def require_eligible(plan: Plan) -> None:
@@ -117,10 +129,31 @@ def _refuse_flattened(model: nn.Module, decisions: Mapping[str, Decision]) -> No
             )
 
 
-def _follow_roles(model: nn.Module, weight_decay: float) -> dict[str, Decision]:
+def _check_audit(audit: Audit, model: nn.Module, recipe: str | None) -> None:
+    if not isinstance(audit, Audit):
+        raise ArgumentError(
+            f"`audit` must be an Audit.\n  got: {type(audit).__name__}\n  Make one: wdhook.audit(model, *inputs)"
+        )
+    if recipe is not None:
+        raise ArgumentError(
+            "`audit` and `recipe` both say which parameters are decayed.\n"
+            f"  recipe: {recipe}\n  Give one of them; Plan.diff shows what they decide differently"
+        )
+    names = [name for name, _ in model.named_parameters()]
+    if not any(audit.saw(name) for name in names):
+        raise ArgumentError(
+            "`audit` is of another model: it knows none of the parameters.\n"
+            f"  of the audit: {', '.join(list(audit)[:3])}, ...\n  of the model: {', '.join(names[:3])}, ...\n"
+            "  Make one of this model: wdhook.audit(model, *inputs)"
+        )
+
+
+def _follow_roles(model: nn.Module, weight_decay: float, audit: Audit | None = None) -> dict[str, Decision]:
     decisions = {}
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # most repeat, and a plan lives long
     for name, parameter, verdict in classified(model):
+        if audit is not None and not verdict.marked and (seen := audit.traced_role(name)) is not None:
+            verdict = Verdict(seen[0], f"traced: {seen[1]}")
         follows = verdict.weight_decay is None and verdict.role in DECAYED_ROLES
         λ = weight_decay if follows else verdict.weight_decay or 0.0
         numel = 0 if is_lazy(parameter) else parameter.numel()

@@ -57,6 +57,11 @@ class Verdict:
     """An explicit mark: 0.0 exempts, another float is a λ of its own; None follows the role."""
 
     @property
+    def marked(self) -> bool:
+        """Whether somebody said so on purpose, of the role or of the decay."""
+        return self.weight_decay is not None or self.reason.startswith("marked ")
+
+    @property
     def decayed(self) -> bool:
         """Whether weight decay applies by default."""
         return self.weight_decay > 0 if self.weight_decay is not None else self.role in DECAYED_ROLES

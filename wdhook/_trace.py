@@ -38,7 +38,7 @@ class Carried:
 
     name: str
     bent: bool = False  # a function of it, such as exp
-    picked: bool = False  # by indices that depend on the data
+    picked: str = ""  # the operation that picked rows of it, by indices that depend on the data
     weak: bool = False  # a statistic of it, such as its mean
 
 
@@ -208,7 +208,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _handed_on(self, func: Any, name: str, operand: _Operand, operands: list[_Operand]) -> dict[str, Carried]:
         bent, weak = bends(func, name) and len(operands) == 1, name in REDUCING
-        picked = name in PICKING and any(o.mark is not None and o.mark.data for o in operands if o is not operand)
+        by_data = any(o.mark is not None and o.mark.data for o in operands if o is not operand)
+        picked = f"{name}[{operand.argument}]" if name in PICKING and by_data else ""
         if not (bent or weak or picked):
             return operand.carries
         return {
@@ -223,7 +224,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note(self, carried: Carried, use: Use, operation: str, axis: int = 0) -> None:
         if carried.picked and use not in (Use.CONTRACTION, Use.OPAQUE):
-            use = Use.LOOKUP
+            use, operation = Use.LOOKUP, carried.picked
         elif carried.bent and use is Use.MULTIPLICATION:
             use = Use.CONSTANT
         seen = (self._weak if carried.weak else self._strong).setdefault(carried.name, [])
