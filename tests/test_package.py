@@ -26,7 +26,7 @@ LAYERS = [
     {"_plan"},
     {"_state", "_guards"},
     {"_progress"},
-    {"_backward"},
+    {"_backward", "_views"},
     {"_engine"},
     {"_step"},
     {"_listener"},

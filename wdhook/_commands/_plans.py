@@ -17,7 +17,7 @@ from .._table import Row, aligned
 Override = tuple[str, float | bool]
 
 
-def add_plan_arguments(parser: argparse.ArgumentParser, weight_decay: float) -> None:
+def add_plan_arguments(parser: argparse._ActionsContainer, weight_decay: float) -> None:
     """Add the arguments of `wdhook.plan`."""
     parser.add_argument(
         "--weight-decay", type=_factor, default=weight_decay, metavar="λ", help=f"per step (default: {weight_decay:g})"
