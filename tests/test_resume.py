@@ -197,7 +197,7 @@ def test_a_state_is_plain_numbers() -> None:
             train(model, optimizer, batches(model, 1))
             state = checkpointed(handle.state_dict())
         peaks = dict.fromkeys(("0.weight", "3.weight", "5.weight"), 0.25)
-        assert state == {"weight_decay": 0.5, "mode": "independent", "lr_peaks": (peaks,)}
+        assert state == {"weight_decay": 0.5, "mode": "independent", "lr_peaks": (peaks,), "finished_steps": ()}
 
 
 def test_a_state_that_waits_for_its_optimizer_is_saved_again() -> None:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from . import schedules
 from ._attach import adopt, attach
 from ._audit import audit
 from ._decisions import Decision, Plan, PlanDiff
@@ -63,4 +64,5 @@ __all__ = [
     "l2_penalty",
     "param_groups",
     "plan",
+    "schedules",
 ]

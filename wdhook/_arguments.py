@@ -14,6 +14,7 @@ from ._numbers import check_factor, is_number
 from ._optimizers import LearningRate, check_supports_decoupled, innermost, learning_rate, tells_of_steps
 from ._overrides import Overrides
 from ._plan import plan
+from .schedules import Schedule
 
 MODES = ("coupled", "decoupled", "independent")
 MOMENTS = ("backward", "step")
@@ -86,9 +87,18 @@ def _check_steps_by_its_groups(optimizer: Any) -> None:
         )
 
 
-def check_step_is_heard(at: str, optimizers: tuple[Any, ...]) -> None:
+def check_step_is_heard(at: str, optimizers: tuple[Any, ...], schedule: Schedule | None) -> None:
     for optimizer in (stepping for given in optimizers for stepping in innermost(given)):
-        if at == "step" and not tells_of_steps(optimizer):
+        if tells_of_steps(optimizer):
+            continue
+        if schedule is not None:
+            raise ArgumentError(
+                "`weight_decay` is a schedule, which goes on with each step, and the steps of this optimizer are not "
+                "heard: it is no torch.optim.Optimizer, or has no step().\n"
+                f"  optimizer: {type(optimizer).__name__}\n"
+                "  Attach with a number, and set handle.weight_decay = schedule(step) yourself"
+            )
+        if at == "step":
             raise ArgumentError(
                 'at="step" hears the step() of torch.optim.Optimizer and its subclasses only.\n'
                 f'  optimizer: {type(optimizer).__name__}\n  Use at="backward"'

@@ -29,11 +29,12 @@ from ._optimizers import LearningRate, own_mode
 from ._overrides import Overrides
 from ._plan import decide, plan, require_eligible
 from ._state import Settings
+from .schedules import Schedule
 
 
 def attach(
     model: nn.Module,
-    weight_decay: float | Plan,
+    weight_decay: float | Schedule | Plan,
     *,
     mode: str = "coupled",
     at: str = "backward",
@@ -50,7 +51,8 @@ def attach(
 
     Args:
         model: the module whose parameters are decayed.
-        weight_decay: λ per optimizer step (not per backward), or a ready `Plan`.
+        weight_decay: λ per optimizer step (not per backward); or a function of the number of finished steps that
+            gives it, such as those of `wdhook.schedules`; or a ready `Plan`.
         mode: ``"coupled"``: g ← g + λ·p, as if ½·λ·‖p‖² were part of the loss (`torch.optim.SGD`).
             ``"decoupled"``: p ← p·(1 − lr·λ) before the update (`torch.optim.AdamW`; Loshchilov & Hutter 2019).
             ``"independent"``: p ← p·(1 − (lr/lr_peak)·λ), so that λ does not change with the base
@@ -93,11 +95,12 @@ def attach(
     check_choice("at", at, MOMENTS)
     if foreach not in (None, True, False):
         raise ArgumentError(f"`foreach` must be None, True or False.\n  got: {foreach!r}")
-    ready = ready_plan(model, weight_decay, overrides, recipe)
+    schedule = weight_decay if callable(weight_decay) else None
+    ready = ready_plan(model, weight_decay(0) if callable(weight_decay) else weight_decay, overrides, recipe)
     require_eligible(ready)
     optimizers = optimizers_of(optimizer)
     check_lr(mode, at, optimizers, lr)
-    check_step_is_heard(at, optimizers)
+    check_step_is_heard(at, optimizers, schedule)
     check_scaler(scaler)
     settings = Settings(
         mode=mode,
@@ -106,6 +109,7 @@ def attach(
         lr=lr,
         scaler=scaler,
         foreach=foreach,
+        schedule=schedule,
         replan=partial(decide, overrides=overrides, recipe=recipe, strict=False),
     )
     engine = Engine(model, ready, settings)

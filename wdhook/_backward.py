@@ -91,6 +91,8 @@ class CoupledHook(Hook):
         if grad is None:
             return
         owner, engine = self.owner, self.engine
+        if not engine.was_owned and engine.settings.schedule is not None:
+            _count_unheard(engine)
         if self.stamp == owner.steps and self._stays(grad):  # in a pause too: what it adds is no work of others
             return
         alpha = self.alpha
@@ -129,6 +131,23 @@ def _add(param: Tensor, grad: Tensor, entry: Entry, scaler: Any | None) -> None:
             entry.rows = arithmetic.add_rows_(grad, param, arithmetic.scaled(entry.alpha, scale), rows)
         else:
             arithmetic.add_(grad, param, entry.alpha, scale)
+
+
+def _count_unheard(engine: Engine) -> None:
+    """Nobody has stepped since the start, so the schedule of λ does not go on."""
+    engine.unheard += 1
+    if engine.unheard > _PATIENCE * engine.count():
+        engine.warn_once(
+            "schedule",
+            f"{_PATIENCE} backward passes were heard, and no step of an optimizer that owns a decayed parameter: the "
+            "schedule of λ stays at its beginning.\n"
+            f"  weight_decay: {engine.weight_decay:g}\n"
+            "  If the optimizer is no torch.optim.Optimizer, attach with a number, and set "
+            "handle.weight_decay = schedule(step) yourself",
+        )
+
+
+_PATIENCE = 1000  # passes: more than anybody accumulates, or looks at before training
 
 
 def _warn_of_mixture(engine: Engine, entry: Entry) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -20,14 +20,13 @@ from ._errors import WdhookWarning
 from ._guards import check_own_decay
 from ._members import Members
 from ._optimizers import (
-    inner_optimizers,
     learning_rate,
-    maximizes,
     owned_ids,
     peak_learning_rate,
-    zeroes_by_foreach,
 )
+from ._progress import Progress
 from ._state import Entry, Pair, Settings, View
+from ._views import fill
 from ._window import Owner
 
 
@@ -41,6 +40,7 @@ class Engine:
         self.closed = False
         self.steps = 0
         self.foreign_steps = 0  # while one of ours waited with a gradient, and nobody owned any
+        self.unheard = 0  # gradients that came before any optimizer had stepped, where that matters
         self.was_owned = False  # some optimizer that stepped or was given owns a decayed parameter
         self.running: list[int] = []  # the optimizers whose steps have begun and not ended
         self.outside: tuple[Tensor, Tensor] | None = None  # a parameter, and a copy as the step of a wrapper began
@@ -56,7 +56,7 @@ class Engine:
         self._unowned = Owner()
         self._outliving: list[weakref.ref[Entry]] = []  # entries that were there when the last module died
         self._warned: set[str] = set()
-        self._peaks: list[dict[str, arithmetic.Number]] = []  # loaded, for optimizers still to come
+        self._progress = Progress(settings.schedule)
 
     # ---------------------------------------------------------------- life cycle
 
@@ -118,6 +118,9 @@ class Engine:
 
     @weight_decay.setter
     def weight_decay(self, value: float) -> None:
+        self._set_weight_decay(value, self._entries.values())
+
+    def _set_weight_decay(self, value: float, entries: Iterable[Entry]) -> None:
         if self.captured and value != self._weight_decay:
             self.warn_once(
                 "captured",
@@ -127,7 +130,7 @@ class Engine:
                 '  Capture the graph again; or leave the step out of it, with attach(..., at="step")',
             )
         self._weight_decay = value
-        for entry in self._entries.values():
+        for entry in entries:
             if entry.follows:
                 entry.set(value)
 
@@ -139,29 +142,29 @@ class Engine:
         peak = view.peaks[index] = peak_learning_rate(group, view.peaks.get(index), lr)
         return arithmetic.factor(lr, weight_decay, peak)
 
-    def lr_peaks(self) -> tuple[dict[str, arithmetic.Number], ...]:
-        """For each optimizer: name of each parameter that it decays → largest lr of its param group.
+    def advance(self, view: View) -> None:
+        """A step of an optimizer has ended: its parameters go on to the next λ of a schedule, if there is one."""
+        view.finished += 1
+        self._follow_schedule(view)
 
-        A tuple, which torch.distributed.checkpoint saves as one object: it looks into lists and mappings, and then
-        loads no more than the keys that are there already.
-        """
-        met = [known for view in self._views.values() if (known := view.peaks_by_name())]
-        return *met, *self._peaks
+    def _follow_schedule(self, view: View) -> None:
+        if self.settings.schedule is not None and view.has_entries():
+            self._set_weight_decay(self._progress.weight_decay(view.finished), view.entries())
 
-    def set_lr_peaks(self, peaks: Sequence[Mapping[str, arithmetic.Number]]) -> None:
-        """Undo of `lr_peaks`; optimizers that have not been seen yet get theirs when they are."""
-        self._peaks = [dict(known) for known in peaks]
-        for view in self._views.values():
-            self._recall(view)
+    def progress(self) -> dict[str, Any]:
+        """What a saved handle holds besides λ."""
+        return self._progress.save(list(self._views.values()))
 
-    def _recall(self, view: View) -> None:
-        """Give a view the first loaded peaks that name a parameter of its own. The order of optimizers may differ."""
-        for index, known in enumerate(self._peaks):
-            if view.set_peaks(known):
-                del self._peaks[index]
-                return
+    def set_progress(self, state: Mapping[str, Any]) -> None:
+        """Undo of `progress`, and of the λ that a schedule has given since."""
+        self._progress.load(state, list(self._views.values()))
+        if self.settings.schedule is not None:
+            for entry in self._entries.values():
+                if entry.follows:
+                    entry.set(self._progress.weight_decay(self._progress.finished(entry.name)))
+        self._restart()
 
-    def restart(self) -> None:
+    def _restart(self) -> None:
         """Training goes on from another point: what was shrunk in the backward since the last step is gone."""
         if self.settings.mode != "coupled":
             for entry in self._entries.values():
@@ -176,6 +179,10 @@ class Engine:
     def entry(self, param: Tensor) -> Entry | None:
         """The entry of a parameter that is hooked or has been stepped."""
         return self._entries.get(id(param))
+
+    def count(self) -> int:
+        """How many parameters are known."""
+        return len(self._entries)
 
     def pairs(self) -> Iterator[Pair]:
         """Every known parameter with its entry.
@@ -209,13 +216,18 @@ class Engine:
         kind = CoupledHook if self.settings.mode == "coupled" else DecoupledHook
         return kind(self, decision.name, λ, decision.follows, self._unowned)
 
-    def _eligible(self, name: str) -> bool:
+    def is_eligible(self, name: str) -> bool:
+        """Whether the parameter of that name is decayed."""
         decision = self._plan.get(name)
         return decision is not None and decision.eligible
 
     def governed(self) -> dict[int, str]:
         """id → name of every parameter that this engine decays or would decay once it is trained."""
-        return {key: name for key, name in self._named().items() if self._eligible(name)}
+        return {key: name for key, name in self._named().items() if self.is_eligible(name)}
+
+    def names(self) -> dict[int, str]:
+        """id → name in the plan of every parameter that the model has or that is known."""
+        return self._named() | {key: entry.name for key, entry in self._entries.items()}
 
     def _named(self) -> dict[int, str]:
         """id → name in the plan, for the model as it is now; modules added since are decided now."""
@@ -253,7 +265,11 @@ class Engine:
             view = self._views[optimizer] = View(optimizer)
         elif view.is_current(optimizer):
             return view
-        self._fill(view, optimizer)
+        fill(self, view, optimizer)
+        self.was_owned |= view.has_entries()
+        if not (view.peaks or view.finished):
+            self._progress.recall(view)
+        self._follow_schedule(view)
         return view
 
     def sees_one_optimizer(self) -> bool:
@@ -264,59 +280,3 @@ class Engine:
         """The view of an optimizer that was met before, as it was then."""
         view: View | None = self._views.get(optimizer)
         return view
-
-    def _fill(self, view: View, optimizer: Any) -> None:
-        names = self._named() | {key: entry.name for key, entry in self._entries.items()}
-        # A wrapper (SAM, Lookahead) lets the optimizer inside step: that one's step is the real one.
-        inner = owned_ids(inner_optimizers(optimizer))
-        view.params = [list(group["params"]) for group in optimizer.param_groups]
-        view.wraps = any(key in names for key in inner)
-        wrapped = (p for params in view.params for p in params if id(p) in inner)
-        decayed = (p for p in wrapped if self._eligible(names.get(id(p), "")))
-        view.sample = min(decayed, key=Tensor.numel, default=None)
-        view.buckets = [
-            self._buckets(
-                view, optimizer, index, {names[id(p)]: p for p in params if id(p) in names and id(p) not in inner}
-            )
-            for index, params in enumerate(view.params)
-        ]
-        for index, params in enumerate(view.params) if self.was_given(optimizer) else ():
-            # The schedule is the wrapper's: ZeroRedundancyOptimizer hands it on at the step, after the backward pass.
-            for param in params:
-                entry = self.track(names[id(param)], param) if id(param) in inner and id(param) in names else None
-                if entry is not None:
-                    entry.place = weakref.ref(optimizer), index
-        view.strays = list(self._strays()) if self.was_given(optimizer) else []
-        view.checked = False
-        self.was_owned |= view.has_entries()
-        view.dtypes = [bucket[0][0].dtype for buckets in view.buckets for bucket in buckets]
-        if not view.peaks:
-            self._recall(view)
-
-    def _buckets(self, view: View, optimizer: Any, index: int, named: Mapping[str, Tensor]) -> list[list[Pair]]:
-        """The decayed parameters of one param group, by what one foreach call can take."""
-        sign = -1.0 if maximizes(optimizer, optimizer.param_groups[index]) else 1.0
-        foreach = zeroes_by_foreach(optimizer)
-        buckets: dict[Any, list[Pair]] = {}
-        for name, param in named.items():
-            entry = self.track(name, param)
-            if entry is None:
-                continue
-            if entry.place is None or entry.place[0]() is None or self.was_given(optimizer):
-                entry.place = weakref.ref(optimizer), index
-            if entry.decayed and entry.sign != sign:
-                view.turned = name
-            entry.sign = sign
-            entry.blind = foreach and hasattr(param, "to_local")
-            entry.set(entry.weight_decay)
-            entry.move(view.owner)
-            kind = (entry.weight_decay, entry.follows, param.device, param.dtype, arithmetic.is_plain(param))
-            buckets.setdefault(kind, []).append((param, entry))
-        return list(buckets.values())
-
-    def _strays(self) -> Iterator[Pair]:
-        owned = self.owned_ids()
-        for _, param in self.parameters():
-            entry = self.entry(param)
-            if entry is not None and id(param) not in owned:
-                yield param, entry

@@ -11,6 +11,7 @@ from ._decisions import Plan
 from ._engine import Engine
 from ._errors import ArgumentError
 from ._numbers import check_factor
+from ._progress import NO_PROGRESS
 
 
 class WeightDecay:
@@ -61,16 +62,25 @@ class WeightDecay:
 
     @property
     def weight_decay(self) -> float:
-        """λ per optimizer step. Set it to follow a schedule; absolute λ of overrides and marks stay.
+        """λ per optimizer step. Set it to change it; absolute λ of overrides and marks stay.
 
         Raises:
-            ArgumentError: (setter) not a number, negative or not finite.
+            ArgumentError: (setter) not a number, negative or not finite; or the handle follows a schedule.
         """
         return self._plan.weight_decay if self._engine is None else self._engine.weight_decay
 
     @weight_decay.setter
     def weight_decay(self, value: float) -> None:
         new = check_factor(value)
+        if self._engine is not None and self._engine.settings.schedule is not None:
+            raise ArgumentError(
+                "`weight_decay` follows the schedule that `attach` was given, which sets it after each step.\n"
+                f"  schedule: {self._engine.settings.schedule!r}\n"
+                "  Put what you want into that function of the step, or attach with a number and set that"
+            )
+        self._set(new)
+
+    def _set(self, new: float) -> None:
         if self._engine is None:
             self._plan = self._plan.scaled_to(new)
         else:
@@ -83,16 +93,17 @@ class WeightDecay:
 
     def state_dict(self) -> dict[str, Any]:
         """λ and what a schedule cannot recompute, as plain numbers (and tensors, where ``lr`` is one)."""
-        peaks = () if self._engine is None else self._engine.lr_peaks()
-        return {"weight_decay": self.weight_decay, "mode": self.mode, "lr_peaks": peaks}
+        progress = NO_PROGRESS if self._engine is None else self._engine.progress()
+        return {"weight_decay": self.weight_decay, "mode": self.mode, **progress}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the λ of `state`.
+        """Go on with the λ of `state`; a schedule goes on after the steps that had been finished.
 
         Raises:
-            ArgumentError: it is not a state of a handle, or one of another mode.
+            ArgumentError: it is not a state of a handle, or one of another mode, or (for a handle with a schedule)
+                of one that had none.
         """
-        missing = {"weight_decay", "mode", "lr_peaks"} - set(state)
+        missing = {"weight_decay", "mode", *NO_PROGRESS} - set(state)
         if missing:
             raise ArgumentError(f"`state` is not the state of a handle.\n  missing: {', '.join(sorted(missing))}")
         if state["mode"] != self.mode:
@@ -100,10 +111,15 @@ class WeightDecay:
                 "`state` is of another mode, in which the same λ means something else.\n"
                 f"  state: {state['mode']}\n  handle: {self.mode}"
             )
-        self.weight_decay = state["weight_decay"]
+        if self._engine is not None and self._engine.settings.schedule is not None and not state["finished_steps"]:
+            raise ArgumentError(
+                "`state` is of a handle without a schedule: it does not say how many steps were finished.\n"
+                f"  weight_decay: {state['weight_decay']!r}, then; now {self._engine.settings.schedule!r}\n"
+                "  Attach with the number, or do not load this state"
+            )
+        self._set(check_factor(state["weight_decay"]))
         if self._engine is not None:
-            self._engine.set_lr_peaks(state["lr_peaks"])
-            self._engine.restart()
+            self._engine.set_progress(state)
 
     def __repr__(self) -> str:
         plan = self.plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import is_
@@ -17,6 +17,7 @@ from ._arithmetic import Number
 from ._decisions import Plan
 from ._optimizers import LearningRate, tells_of_steps
 from ._window import Owner, Window
+from .schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Settings:
     lr: LearningRate | None
     scaler: Any | None
     foreach: bool | None
+    schedule: Schedule | None
     replan: Callable[[nn.Module, float], Plan] = field(repr=False)
 
 
@@ -67,6 +69,7 @@ class View:
         self.buckets: list[list[list[Pair]]] = []  # per group: pairs that one foreach call can take
         self.dtypes: list[torch.dtype] = []  # of the first parameter in each bucket, when the view was made
         self.peaks: dict[int, Number] = {}  # per group: the largest lr so far
+        self.finished = 0  # steps, those of a run that is resumed included
         self.strays: list[Pair] = []  # tracked, and in no group of any optimizer given
         self.turned: str | None = None  # decayed before it was known that the optimizer maximizes
         self.wraps = False  # the optimizer holds another one that owns decayed parameters
@@ -108,6 +111,10 @@ class View:
         }
         self.peaks.update(found)
         return bool(found)
+
+    def entries(self) -> Iterator[Entry]:
+        """Of all decayed parameters that the optimizer owns."""
+        return (entry for _, entry in chain.from_iterable(chain.from_iterable(self.buckets)))
 
     def has_entries(self) -> bool:
         """Whether the optimizer owns any decayed parameter."""

@@ -60,6 +60,8 @@ def end(engine: Engine, optimizer: Optimizer) -> None:
     if view is not None and view.has_entries() and not (only_accumulates(optimizer) or _was_skipped(engine, optimizer)):
         view.owner.steps += 1
         engine.steps += not engine.running  # a step within a step is not another one
+        if id(optimizer) not in engine.running:  # as super().step() is
+            engine.advance(view)
         _let_gradients_be_swapped(view)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from .._optimizers import LearningRate
     from .._overrides import Overrides
+    from ..schedules import Schedule
 
 
 class Arguments(TypedDict, total=False):
@@ -29,9 +30,9 @@ class Attached:
     """A callback that attaches when a training run begins, and removes when it ends."""
 
     decay: WeightDecay | None = None
-    """The handle of the run that is going on, else None. Set its ``weight_decay`` to follow a schedule."""
+    """The handle of the run that is going on, else None. Set its ``weight_decay`` to change λ."""
 
-    def __init__(self, weight_decay: float | Plan, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, weight_decay: float | Schedule | Plan, arguments: Mapping[str, Any]) -> None:
         unknown = [name for name in arguments if name not in Arguments.__annotations__]
         if unknown:
             raise ArgumentError(

@@ -20,6 +20,8 @@ else:
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from ..schedules import Schedule
+
 
 class WeightDecay(Attached, Callback):
     r"""Decay the weights of a LightningModule, and nothing else, once per optimizer step of each ``fit``.
@@ -30,7 +32,7 @@ class WeightDecay(Attached, Callback):
     λ is in there.
 
     Args:
-        weight_decay: λ per optimizer step, or a ready plan of the LightningModule.
+        weight_decay: λ per optimizer step, a schedule of it (`wdhook.schedules`), or a ready plan of the module.
         log: log λ as ``wdhook/weight_decay`` and the norm of the parameters of each role as ``wdhook/norm/<role>``,
             at the steps that the Trainer logs. They stay on the device until the logger reads them.
         **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``foreach``; see `wdhook.attach`.
@@ -39,7 +41,9 @@ class WeightDecay(Attached, Callback):
         ArgumentError: `arguments` has another name. All that `wdhook.attach` raises comes when ``fit`` starts.
     """
 
-    def __init__(self, weight_decay: float | Plan, *, log: bool = False, **arguments: Unpack[Arguments]) -> None:
+    def __init__(
+        self, weight_decay: float | Schedule | Plan, *, log: bool = False, **arguments: Unpack[Arguments]
+    ) -> None:
         super().__init__(weight_decay, arguments)
         self._log = log
         self._state: dict[str, Any] = {}  # of a checkpoint, until `fit` starts; of the last handle, after `fit`

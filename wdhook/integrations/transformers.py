@@ -15,6 +15,7 @@ from ._callback import Attached
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from ..schedules import Schedule
     from ._callback import Arguments
 
 _LOST = "not in this checkpoint"  # in place of an argument that JSON cannot hold
@@ -29,14 +30,14 @@ class WeightDecayCallback(Attached, TrainerCallback, ExportableState):
     checkpoint's ``trainer_state.json``.
 
     Args:
-        weight_decay: λ per optimizer step, or a ready plan of the model.
+        weight_decay: λ per optimizer step, a schedule of it (`wdhook.schedules`), or a ready plan of the model.
         **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``foreach``; see `wdhook.attach`.
 
     Raises:
         ArgumentError: `arguments` has another name. All that `wdhook.attach` raises comes when training begins.
     """
 
-    def __init__(self, weight_decay: float | Plan, **arguments: Unpack[Arguments]) -> None:
+    def __init__(self, weight_decay: float | Schedule | Plan, **arguments: Unpack[Arguments]) -> None:
         given = {"weight_decay": weight_decay, **arguments}
         lost = [name for name, value in given.items() if isinstance(value, str) and value == _LOST]
         if lost:
