@@ -50,7 +50,7 @@ class Decision:
 
     @property
     def eligible(self) -> bool:
-        """Whether the parameter is decayed (for some λ: a schedule may start at zero)."""
+        """Whether the parameter is decayed, now or later (a schedule may start at zero)."""
         return self.follows or self.weight_decay > 0
 
 

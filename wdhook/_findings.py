@@ -35,7 +35,7 @@ class Finding:
         reason: why `plan` does or does not.
         agrees: False where the use contradicts that; None where the use says nothing.
         trainable: whether it requires a gradient.
-        sensitivity: √n·|⟨w, g⟩|/(‖w‖·‖g‖), of the order of 1 where the scale of the parameter matters and 0 where
+        sensitivity: √n·abs⟨w, g⟩/(‖w‖·‖g‖), of the order of 1 where the scale of the parameter matters and 0 where
             it does not; None without a gradient.
         invariant: whether the outputs are the same for α·w, all α > 0; None where that cannot be told.
         rows: (how many output channels are invariant one by one, of how many that have a gradient); None where
