@@ -165,11 +165,11 @@ def _wake(leaves: Mapping[str, Tensor]) -> None:
 def _finding(name: str, parameter: Tensor, verdict: Verdict, seen: list[Seen], scale: Scale) -> Finding:
     use = _main(seen)
     role, agrees = verdict.role, None
-    if use not in SILENT_USES and (parameter.is_floating_point() or parameter.is_complex()):
-        decays = use in DECAYED_USES
-        if {one.use in DECAYED_USES for one in seen if one.use not in SILENT_USES} == {decays}:
-            agrees = decays is verdict.decayed
-            role = _role(use, verdict.role, parameter)
+    decays = {one.use in DECAYED_USES for one in seen if one.use not in SILENT_USES}
+    if len(decays) == 1 and not verdict.marked and (parameter.is_floating_point() or parameter.is_complex()):
+        role = _role(use, verdict.role, parameter)
+        # No trace can tell positions that are looked up from words.
+        agrees = decays == {verdict.decayed} or (use is Use.LOOKUP and role is Role.POSITION)
     return Finding(
         name=name,
         shape=tuple(parameter.shape),

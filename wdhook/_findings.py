@@ -33,7 +33,8 @@ class Finding:
         static_role: what type, name and shape say, as in `plan`.
         decayed: whether `plan` decays it.
         reason: why `plan` does or does not.
-        agrees: False where the use contradicts that; None where the use says nothing.
+        agrees: False where the use contradicts that; None where the use says nothing, where several uses
+            contradict one another, and where somebody has marked the parameter, which outranks the use.
         trainable: whether it requires a gradient.
         sensitivity: √n·abs⟨w, g⟩/(‖w‖·‖g‖), of the order of 1 where the scale of the parameter matters and 0 where
             it does not; None without a gradient.

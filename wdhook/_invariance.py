@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 _LEAKS = 10.0  # ⟨r, Jw⟩ is normally distributed: ten standard deviations
+_BY_CHANCE = (2 / math.pi) ** 0.5  # P(|N(0, 1)| < τ) = √(2/π)·τ for small τ
+_NEGLIGIBLE = 1e-4  # parameters of a model that chance makes look invariant
 _CANCELLED = 1e4  # rounding errors of a sum of 1e8 terms that cancels, in units of machine epsilon: √1e8
 
 
@@ -48,7 +50,8 @@ def threshold(epsilon: float, leak: float) -> float:
     Of an invariant weight, s is the relative rounding error of its gradient, plus what the eps of the
     normalization leaks. √epsilon is exceeded by the first only when half of all digits are lost in the backward pass.
     The second is a normal variable whose standard deviation is the leak. Of a weight whose scale matters, s is
-    about |N(0, 1)|: it falls below a threshold τ by chance with a probability of 0.8·τ, and twice with its square.
+    about |N(0, 1)|: it falls below a threshold τ by chance with a probability of 0.8·τ, and in two projections with
+    the square of it.
     """
     return math.sqrt(epsilon) + _LEAKS * leak
 
@@ -99,7 +102,9 @@ class Projections:
 def scales(
     projections: Projections, leaves: Mapping[str, Tensor], axes: Mapping[str, int], epsilon: float, leak: float
 ) -> dict[str, Scale]:
-    """The scale of each leaf, from one projection, and a second one for those that look invariant.
+    """The scale of each leaf, from one projection; from two where one would leave too much to chance.
+
+    In float64 chance errs in one of a million models of a hundred weights, and a second pass would only cost time.
 
     Args:
         axes: name → axis of the output channels, for parameters of which rows are asked too.
@@ -107,7 +112,7 @@ def scales(
     limit = threshold(epsilon, leak)
     first = _measured(projections.gradients(list(leaves)), leaves, axes, epsilon, limit)
     doubted = [name for name, one in first.items() if one.invariant or (one.rows and one.rows[0])]
-    if not doubted:
+    if not doubted or _BY_CHANCE * limit * len(leaves) < _NEGLIGIBLE:
         return first
     second = _measured(projections.gradients(doubted), {name: leaves[name] for name in doubted}, axes, epsilon, limit)
     return first | {name: _both(first[name], second[name]) for name in doubted}
