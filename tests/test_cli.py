@@ -18,29 +18,36 @@ from wdhook._commands import demo
 PACKAGES = ("matplotlib", "rich", "sklearn", "tqdm")
 
 
+COMMANDS = [module.__name__.rpartition(".")[2] for module in cli._COMMANDS]
+
+
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     """`--help` exits with 0, names every command and shows how to call it."""
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    assert "demo" in out
+    assert {"inspect", "doctor", "demo"} <= set(COMMANDS)
+    for name in COMMANDS:
+        assert re.search(rf"^    {name} +\w", out, re.MULTILINE), name
     assert "examples:" in out
 
 
-@pytest.mark.parametrize("command", [[], ["demo"]], ids=["top", "demo"])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids="-".join)
 def test_every_example_of_the_help_is_understood(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each line of examples in a help text is a call that parses."""
-    monkeypatch.setattr(demo, "run", lambda arguments: 0)
-    with pytest.raises(SystemExit):
+    for module in cli._COMMANDS:
+        monkeypatch.setattr(module, "run", lambda arguments: 0)
+    with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])
+    assert stop.value.code == 0
     examples = re.findall(r"^  python -m wdhook (.+?)(?:  .*)?$", capsys.readouterr().out, re.MULTILINE)
     assert len(examples) >= 2
     for example in examples:
         if "--help" not in example:
-            assert cli.main(shlex.split(example)) == 0, example
+            assert cli.main(shlex.split(example.partition(" | ")[0])) == 0, example
 
 
 def test_the_demo_has_the_documented_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +70,14 @@ def test_the_demo_has_the_documented_defaults(monkeypatch: pytest.MonkeyPatch) -
         (["demo", "--epochs", "0"], "whole number from 1"),
         (["demo", "--out", "norms.pdf"], "name of a .png file, got 'norms.pdf'"),
         (["demo", "--out", "no/such/folder/a.png"], "cannot be written"),
+        (["inspect"], "required: TARGET"),
+        (["inspect", "torch.nn:Linear", "--weight-decay", "-1"], "number ≥ 0, got '-1'"),
+        (["inspect", "torch.nn:Linear", "--weight-decay", "nan"], "number ≥ 0, got 'nan'"),
+        (["inspect", "torch.nn:Linear", "--override", "bias"], "must be SELECTOR=λ, got 'bias'"),
+        (["inspect", "torch.nn:Linear", "--override", "bias=no"], "number ≥ 0, got 'no'"),
+        (["inspect", "torch.nn:Linear", "--recipe", "keras"], "invalid choice: 'keras'"),
+        (["inspect", "torch.nn:Linear", "--only", "all"], "invalid choice: 'all'"),
+        (["doctor", "train.py:make", "--mode", "l2"], "invalid choice: 'l2'"),
     ],
 )
 def test_bad_usage_exits_with_two(arguments: list[str], piece: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +130,14 @@ def test_module_can_be_run() -> None:
     version = subprocess.run([*call, "--version"], capture_output=True, text=True, check=True, timeout=60)
     assert version.stdout == f"wdhook {__version__}\n"
     assert subprocess.run([*call, "sing"], capture_output=True, timeout=60).returncode == cli.BAD_USAGE
+
+
+def test_nobody_reads_on() -> None:
+    """A pipe that is closed, as by `head`, ends the command without a traceback."""
+    call = f"{shlex.quote(sys.executable)} -W ignore -m wdhook inspect torch.nn:Transformer"
+    run = subprocess.run(["bash", "-c", f"{call} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True, timeout=60)
+    assert run.returncode in (0, 141)  # 0 where all was written before the pipe was closed
+    assert run.stderr == b""
 
 
 def test_a_terminal_without_λ_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

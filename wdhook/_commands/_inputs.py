@@ -58,11 +58,14 @@ def parse_inputs(texts: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
 def _parse_input(text: str) -> tuple[str | None, Any]:
     try:
         call = ast.parse(f"f({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or len(call.args) + len(call.keywords) != 1:
+        if not isinstance(call, ast.Call) or len([*call.args, *call.keywords]) != 1:
             raise ValueError("not one input")
         if call.args:
             return None, _value(call.args[0])
-        return call.keywords[0].arg, _value(call.keywords[0].value)
+        name = call.keywords[0].arg
+        if name is None:
+            raise ValueError("** is not understood")
+        return name, _value(call.keywords[0].value)
     except (ValueError, TypeError, SyntaxError, RuntimeError) as error:
         raise UsageError(
             f"`--input` must be a literal or a call of a torch factory.\n  got: {text!r}\n  {first_line(error)}\n"

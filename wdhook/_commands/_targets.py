@@ -146,7 +146,7 @@ def build_model(target: str, kwargs: str | None = None, *, meta: bool = False) -
                 return _checked(named(**given), target), None
         except UsageError:
             raise
-        except Exception as error:  # whatever it is: the CPU will tell whether it is the user's
+        except (Exception, SystemExit) as error:  # whatever it is: the CPU will tell whether it is the user's
             why = f"{type(error).__name__}: {first_line(error)}"
     with users_code(target):
         made = call(named, target, given)
