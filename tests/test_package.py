@@ -38,7 +38,7 @@ LAYERS = [
     {"_commands.__init__", "_commands._shared"},
     {"_commands._inputs", "_commands.demo"},
     {"_commands._targets", "_commands._plans"},
-    {"_commands.inspect", "_commands._findings", "_commands._training"},
+    {"_commands.inspect", "_commands.audit", "_commands._findings", "_commands._training"},
     {"_commands._examination"},
     {"_commands.doctor"},
     {"cli"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ._table import Row, aligned, fold_by
@@ -13,24 +12,17 @@ if TYPE_CHECKING:
 
 def audit_table(audit: Audit) -> str:
     """Contradictions first, then the parameters in the order of the model, and what to paste."""
+    return "\n".join([*headlines(audit), "", *aligned(audit_rows(audit)), *advice(audit)])
+
+
+def headlines(audit: Audit) -> list[str]:
+    """The audit in two or three lines."""
     findings = list(audit.values())
-    rows: list[Row] = [("parameter", "shape", "used as", "role", "decayed", "decay acts on")]
-    ordered = sorted(findings, key=lambda f: f.agrees is not False)
-    rows += [(label, *_cells(f)) for label, f in fold_by(ordered, _cells)]
-    lines = [_head(audit, findings), "", *aligned(rows)]
-    if audit.overrides:
-        lines += ["", "to follow the uses:", "overrides={"]
-        lines += [f"    {name!r}: {λ!r}," for name, λ in audit.overrides.items()]
-        lines += ["}"]
-    return "\n".join(lines)
-
-
-def _head(audit: Audit, findings: Sequence[Finding]) -> str:
-    against = sum(1 for f in findings if f.agrees is False)
+    against = len(audit.contradictions)
     silent = sum(1 for f in findings if f.agrees is None)
     free = [f for f in findings if f.invariant and f.should_decay]
     mode = "training" if audit.training else "evaluation"
-    said = f"{against} contradict the plan, of {silent} the trace says nothing"
+    said = f"{against} contradict the plan, of {silent} the trace says nothing or a mark outranks it"
     lines = [f"audit of {len(findings)} tensors in {mode} mode: {said}"]
     if audit.threshold is None:
         lines.append("scale invariance: not told, no output with a gradient and a value")
@@ -40,10 +32,22 @@ def _head(audit: Audit, findings: Sequence[Finding]) -> str:
             f"{len(free)} decayed tensors, {sum(f.numel for f in free):,} elements"
         )
     if audit.eps_share >= 1e-3:
-        lines.append(
-            f"eps takes part in the normalizations by up to {audit.eps_share:.1%}: so far the scale still matters"
-        )
-    return "\n".join(lines)
+        lines.append(f"the eps of a normalization takes part by {audit.eps_share:.1%}: so far the scale still matters")
+    return lines
+
+
+def audit_rows(audit: Audit) -> list[Row]:
+    """A heading, and a row for each run of findings that differ only in the numbers of their names."""
+    ordered = sorted(audit.values(), key=lambda f: f.agrees is not False)
+    rows: list[Row] = [("parameter", "shape", "used as", "role", "decayed", "decay acts on")]
+    return [*rows, *((label, *_cells(f)) for label, f in fold_by(ordered, _cells))]
+
+
+def advice(audit: Audit) -> list[str]:
+    """The overrides that follow the uses, to be pasted; nothing where none contradicts the plan."""
+    if not audit.overrides:
+        return []
+    return ["", "to follow the uses:", "overrides={", *(f"    {k!r}: {λ!r}," for k, λ in audit.overrides.items()), "}"]
 
 
 def _cells(f: Finding) -> Row:

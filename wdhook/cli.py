@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from . import __version__
-from ._commands import demo, doctor, inspect
+from ._commands import audit, demo, doctor, inspect
 from ._commands._shared import BAD_USAGE, PROGRAM, UsageError
 from ._errors import WdhookError
 
@@ -19,12 +19,14 @@ _DESCRIPTION = "Weight decay taken out of the optimizer: once per step, on weigh
 _EXAMPLES = """\
 examples:
   python -m wdhook inspect torchvision.models:resnet50   which parameters are decayed, and why
+  python -m wdhook audit my_file.py:build --input 'randn(2, 3, 32, 32)'
+                                                         what the model really does with each parameter
   python -m wdhook doctor train.py:make                  what is wrong with the decay of a training step
   python -m wdhook demo                                  train on real digits, compare four ways of decaying
   python -m wdhook demo --help                           what the demo shows, and its options
 """
 
-_COMMANDS = (inspect, doctor, demo)  # in the order of the help; each has `add` and `run`
+_COMMANDS = (inspect, audit, doctor, demo)  # in the order of the help; each has `add` and `run`
 _CLOSED_PIPE = 141  # what a shell reports of a program that SIGPIPE ended, as `head` does to its neighbour
 
 
