@@ -28,7 +28,7 @@ LAYERS = [
     {"_progress"},
     {"_backward", "_views"},
     {"_engine"},
-    {"_step"},
+    {"_step", "_snapshot"},
     {"_listener"},
     {"_arguments", "_handle", "_oneshot"},
     {"_attach"},

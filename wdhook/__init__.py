@@ -32,6 +32,7 @@ from ._handle import WeightDecay
 from ._oneshot import apply_weight_decay, l2_penalty
 from ._plan import param_groups, plan
 from ._roles import Role
+from ._snapshot import Snapshot
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "PlanDiff",
     "Role",
     "SelectorError",
+    "Snapshot",
     "UnreachedError",
     "UnsupportedOptimizerError",
     "WdhookError",

@@ -47,6 +47,7 @@ class Engine:
         self.replicas: list[weakref.ref[Any]] | None = None  # DistributedDataParallel modules, once looked for
         self.captured = False  # a step has gone into a CUDA graph, or a backward pass seems to have
         self.witness = Witness()
+        self.watchers: weakref.WeakSet[Any] = weakref.WeakSet()  # snapshots that wait for what a step changes
         self.on_close: Callable[[], None] = lambda: None
         self._plan = plan
         self._weight_decay = plan.weight_decay

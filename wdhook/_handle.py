@@ -9,9 +9,10 @@ from typing import Any
 
 from ._decisions import Plan
 from ._engine import Engine
-from ._errors import ArgumentError
+from ._errors import ArgumentError, WdhookError
 from ._numbers import check_factor
 from ._progress import NO_PROGRESS
+from ._snapshot import By, Snapshot
 
 
 class WeightDecay:
@@ -90,6 +91,38 @@ class WeightDecay:
     def plan(self) -> Plan:
         """The decision for each parameter, with the present λ; ``print`` it."""
         return self._plan if self._engine is None else self._engine.plan
+
+    def snapshot(self, by: By = "role") -> Snapshot:
+        """Norms of parameters and gradients, the angle between them, and the share of the decay, by group.
+
+        Take it between ``backward()`` and ``step()``, un-scaled (``scaler.unscale_``) if the loss is. Nothing waits for
+        the device until the numbers are read, and nothing is computed for a handle of which no snapshot is taken. Of a
+        sharded parameter this rank's part counts. Decoupled and independent: it keeps a copy of the decayed parameters
+        until the step, whose change is what the decay is a share of.
+
+        Args:
+            by: ``"role"``, ``"name"`` for each parameter by itself, or a function that names the group of a `Decision`.
+
+        Raises:
+            ArgumentError: `by` is something else.
+            WdhookError: the handle is removed.
+
+        >>> import torch, wdhook
+        >>> model = torch.nn.Linear(1, 1)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.fill_(2.0)
+        >>> decay = wdhook.attach(model, 0.5)
+        >>> model(torch.ones(1, 1)).sum().backward()  # the loss gives the weight a gradient of 1, the decay another 1
+        >>> snapshot = decay.snapshot()
+        >>> snapshot.to_dict()["groups"]["weight"]
+        {'numel': 1, 'norm': 2.0, 'grad_norm': 1.0, 'cos': 1.0, 'share': 0.5}
+        >>> snapshot.scalars()["wdhook/norm/weight"]
+        2.0
+        >>> decay.remove()
+        """
+        if self._engine is None or self._engine.closed:
+            raise WdhookError("`snapshot` needs a handle that is attached, and this one is removed")
+        return Snapshot(self._engine, by)
 
     def state_dict(self) -> dict[str, Any]:
         """λ and what a schedule cannot recompute, as plain numbers (and tensors, where ``lr`` is one)."""
