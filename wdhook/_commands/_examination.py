@@ -32,10 +32,9 @@ from ._training import Seen, Training, run_step, watched
 class Examination:
     """One look at a training; `findings` is what came of it."""
 
-    def __init__(self, training: Training, attach: Callable[[], Any], decoupled: bool) -> None:
+    def __init__(self, training: Training, attach: Callable[[], Any], mode: str, at: str) -> None:
         """Args:
-        attach: attaches wdhook, where the user has not.
-        decoupled: whether `attach` decays with the learning rate.
+        attach: attaches wdhook where the user has not, in this `mode` and `at` this moment.
         """
         self.training = training
         self.findings: list[Finding] = []
@@ -44,13 +43,16 @@ class Examination:
         self.engines = self._engines()
         self.was_attached = bool(self.engines)
         self._own = ExitStack()
-        if not self.engines:
+        self.unheard = [o for o in training.optimizers if not any(map(tells_of_steps, innermost(o)))]
+        if not self.engines and not (self.unheard and at == "step"):
             try:
                 self._own.enter_context(attach())
             except (DoubleDecayError, LearningRateError, UnsupportedOptimizerError) as error:
                 self.findings.append(raised(error))
             self.engines = self._engines()
-        self.decoupled = any(e.settings.mode != "coupled" for e in self.engines) if self.engines else decoupled
+        settings = [(e.settings.mode, e.settings.at) for e in self.engines] or [(mode, at)]
+        self.decoupled = any(mode != "coupled" for mode, _ in settings)
+        self.at_step = any(at == "step" for _, at in settings)
         self.governed = {key for engine in self.engines for key in engine.governed()}
 
     def _engines(self) -> list[Engine]:
@@ -71,7 +73,6 @@ class Examination:
         before = [p.detach().clone() for p in unowned]
         with _without_own_decay(self.training.optimizers):
             self._train()
-            self._look_at_roundings()
         moved = {id(p) for p, old in zip(unowned, before, strict=True) if not torch.equal(p, old)}
         self._look_at_unowned([p for p in unowned if id(p) not in moved])
         self._look_at_strangers(bool(moved))
@@ -129,20 +130,21 @@ class Examination:
                 # The same without the decay: what gets a gradient does not depend on it.
                 with _paused(self.engines):
                     run_step(self.training, self.seen)
-        known = {message for _, message in self._roundings()}
-        for message in messages:
-            if message not in known:
-                self._add(told(message, "warning", "warned"))
+        self._look_at_roundings(messages)
 
-    def _roundings(self) -> Iterator[tuple[list[str], str]]:
+    def _look_at_roundings(self, warned: list[str]) -> None:
+        """Decay below the precision of the parameters; and what the engine has warned of besides."""
+        names, messages = [], []
         for engine in self.engines:
             for optimizer in self.training.optimizers:
                 for bucket, message in roundings(engine, optimizer, engine.view(optimizer)):
-                    yield [entry.name for _, entry in bucket], message
-
-    def _look_at_roundings(self) -> None:
-        for names, message in self._roundings():
-            self._add(told(message, "warning", "rounds-away", names))
+                    names += [entry.name for _, entry in bucket]
+                    messages.append(message)
+        if messages:
+            self._add(told(messages[0], "warning", "rounds-away", names))
+        for message in warned:
+            if message not in messages:
+                self._add(told(message, "warning", "warned"))
 
     # ------------------------------------------------------------------ after
 
@@ -195,24 +197,20 @@ class Examination:
         return any(value.dtype == torch.float32 and is_copy(value, p) for p, value in kept)
 
     def _look_at_steps(self) -> None:
-        at_step = any(engine.settings.at == "step" for engine in self.engines)
         for optimizer in self.training.optimizers:
-            tells = any(tells_of_steps(inner) for inner in innermost(optimizer))
-            if not self.seen.heard(optimizer):
-                why = (
-                    "its class has no step that torch.optim announces"
-                    if not tells
-                    else "none came in the training step"
+            if self.seen.heard(optimizer):
+                continue
+            hidden = any(optimizer is o for o in self.unheard)
+            why = "its class has no step that torch.optim announces" if hidden else "none came in the training step"
+            self._add(
+                Finding(
+                    "error" if self.at_step else "note" if hidden else "warning",
+                    "unheard-steps",
+                    "No step of the optimizer was heard: decay at the step never happens.",
+                    'Use at="backward" in coupled mode, or step the optimizer in step()',
+                    {"optimizer": type(optimizer).__name__, "why": why},
                 )
-                self._add(
-                    Finding(
-                        "error" if at_step else "warning" if tells else "note",
-                        "unheard-steps",
-                        "No step of the optimizer was heard: decay at the step never happens.",
-                        'Use at="backward" in coupled mode, or step the optimizer in step()',
-                        {"optimizer": type(optimizer).__name__, "why": why},
-                    )
-                )
+            )
 
     def _look_at_gradients(self) -> None:
         names = self._named(id(p) for p in self._trained() if id(p) not in self.seen.with_gradient)

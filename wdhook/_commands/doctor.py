@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     with users_code(arguments.target):
         made = call(made, arguments.target, parse_kwargs(arguments.kwargs))
     training = training_of(made, arguments.target, arguments.input)
-    examination = Examination(training, lambda: _attach(training, arguments), arguments.mode != "coupled")
+    examination = Examination(training, lambda: _attach(training, arguments), arguments.mode, arguments.at)
     examination.run()
     if arguments.json:
         print(json.dumps(_as_json(examination, arguments)))
