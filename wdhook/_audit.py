@@ -130,8 +130,11 @@ def _run_in(
             result = model(*given[0], **given[1])
         outputs = list(tensors_in(result))
         trace.returned(outputs)
-        opaque = opaque_uses(outputs, leaves)
-        uses = {name: opaque.get(name) or trace.uses(name) for name in leaves}
+        # Of an operator that the trace knows to be custom it also knows the name.
+        uses = {name: trace.uses(name) for name in leaves}
+        uses |= {
+            n: s for n, s in opaque_uses(outputs, leaves).items() if Use.OPAQUE not in {one.use for one in uses[n]}
+        }
         reached = [t for t in outputs if t.requires_grad and (t.is_floating_point() or t.is_complex()) and t.numel()]
         name = str(dtype or ", ".join(sorted(map(str, types)))).replace("torch.", "")
         trainable = {key: leaf for key, leaf in leaves.items() if leaf.requires_grad and leaf.device.type != "meta"}

@@ -81,18 +81,19 @@ def isolated(model: nn.Module, copies: Copies) -> Iterator[None]:
     """
     modules = list(model.modules())
     own = [vars(module).copy() for module in modules]
+    stack = ExitStack()
     try:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         for module in modules:
             inside = {key: copies.of(value) for key, value in vars(module).items()}
             if "_compiled_call_impl" in inside:
                 inside["_compiled_call_impl"] = None  # of `module.compile()`: a trace needs the operations
             vars(module).update(inside)
-        with ExitStack() as stack:
-            stack.enter_context(_random_state_kept({t.device for t in copies.tensors()}))
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            yield
+        stack.enter_context(_random_state_kept({t.device for t in copies.tensors()}))
+        yield
     finally:
+        stack.close()
         for module, attributes in zip(modules, own, strict=True):
             vars(module).clear()
             vars(module).update(attributes)

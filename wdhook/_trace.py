@@ -63,7 +63,6 @@ class _Mark:
 
     ref: object
     data: bool = False  # depends on the inputs
-    derived: bool = False  # a result of parameters alone
     carried: dict[str, Carried] = field(default_factory=dict)
 
 
@@ -81,10 +80,6 @@ class _Operand:
     def is_stream(self) -> bool:
         """Whether it is data and holds no parameter on its way."""
         return self.mark is not None and self.mark.data and not self.mark.carried
-
-    @property
-    def is_made(self) -> bool:
-        return self.mark is not None and (self.mark.derived or bool(self.mark.carried))
 
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -134,14 +129,13 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kwargs = {**kwargs, "dtype": torch.float64} if kwargs.get("dtype") in _LOW else kwargs
         operands = list(self._operands(func, args, kwargs))
         name = name_of(func)
-        carried = self._read(func, name, operands, args) if any(o.carries for o in operands) else {}
+        held = any(o.carries for o in operands)
+        carried = self._read(func, name, operands, args) if held else {}
         result = func(*args, **kwargs)
         data = any(o.mark is not None and o.mark.data for o in operands)
-        derived = not data and any(o.is_made for o in operands)
-        if data or derived:
-            writes = func._schema.is_mutable
-            for tensor in _tensors(result):
-                self._write(tensor, data, derived, carried, writes)
+        for tensor in _tensors(result) if data or carried else ():
+            self._write(tensor, data, carried, func._schema.is_mutable)
+        if data or held:
             self.eps.see(name, func, args, kwargs, result)
         return result
 
@@ -154,12 +148,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             elif isinstance(value, (list, tuple)):
                 yield from (_Operand(argument, t, self._find(t)) for t in value if isinstance(t, Tensor))
 
-    def _write(self, tensor: Tensor, data: bool, derived: bool, carried: dict[str, Carried], writes: bool) -> None:
+    def _write(self, tensor: Tensor, data: bool, carried: dict[str, Carried], writes: bool) -> None:
         mark = self._own(tensor)
         if mark is None:
             return
         mark.data |= data
-        mark.derived |= derived and not carried
         mark.carried.update(carried)
         if writes and data and not carried:
             mark.carried.clear()  # x[:, 0] = token: what is written into is data
@@ -176,7 +169,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         onward: dict[str, Carried] = {}
         pointwise = is_pointwise(func, name)
         stream = max((o.tensor.numel() for o in operands if o.is_stream), default=-1)
-        made = max((o.tensor.numel() for o in operands if o.is_made), default=-1)
+        largest = max(o.tensor.numel() for o in operands)
         both = _is_linear_of_two(operands)
         for operand in operands:
             if not operand.carries:
@@ -184,7 +177,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             use = use_of(name, operand.argument, operand.tensor.dim(), both)
             if use is None and stream >= 0:
                 use = self._use_with_data(name, operand, pointwise, stream)
-            elif use is None and pointwise and operand.tensor.numel() < made:
+            elif (
+                use is None and pointwise and operand.tensor.numel() < largest
+            ):  # broadcast over a constant or a parameter
                 use = pointwise_use(name, operand.argument)
             if use is not None:
                 transposed = "conv" in name and len(args) > 6 and args[6] is True
