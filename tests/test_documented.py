@@ -8,10 +8,12 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import wdhook
+import wdhook.plot
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -25,20 +27,20 @@ CODE = re.compile(r"`[^`\n]+`")
 
 
 def public_names() -> set[str]:
-    """What a user may import, by its full name. Optional faces are read, not imported: frameworks may be absent."""
+    """What a user may import, by its full name."""
     names = {f"wdhook.{name}" for name in wdhook.__all__ if not inspect.ismodule(getattr(wdhook, name))}
-    for module in ("plot", "schedules"):
-        names |= {f"wdhook.{module}.{name}" for name in top_level(PACKAGE / f"{module}.py", ast.FunctionDef)}
+    for face in (wdhook.plot, wdhook.schedules):
+        mine = getattr(face, "__all__", None) or [n for n, f in vars(face).items() if _is_function_of(face, n, f)]
+        names |= {f"{face.__name__}.{name}" for name in mine}
     for path in (PACKAGE / "integrations").glob("[!_]*.py"):
-        # Their functions serve the callbacks.
-        names |= {f"wdhook.integrations.{path.stem}.{name}" for name in top_level(path, ast.ClassDef)}
+        # Read, not imported: their frameworks may be absent. Their functions serve the callbacks.
+        classes = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+        names |= {f"wdhook.integrations.{path.stem}.{name}" for name in classes if not name.startswith("_")}
     return names
 
 
-def top_level(path: Path, kind: type[ast.FunctionDef] | type[ast.ClassDef]) -> set[str]:
-    """Public functions, or classes, that a file defines; none where there is no such file."""
-    body = ast.parse(path.read_text()).body if path.exists() else []
-    return {node.name for node in body if isinstance(node, kind) and not node.name.startswith("_")}
+def _is_function_of(module: ModuleType, name: str, thing: object) -> bool:
+    return inspect.isfunction(thing) and thing.__module__ == module.__name__ and not name.startswith("_")
 
 
 # -- names ------------------------------------------------------------------------------------------------------
