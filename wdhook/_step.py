@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, compress
+from operator import attrgetter
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -16,9 +18,10 @@ from ._engine import Engine
 from ._guards import check_step, check_unmoved
 from ._optimizers import is_nested_step, only_accumulates
 from ._state import Entry, View
-from ._window import Owner
+from ._window import Owner, local_version
 
-Due = tuple[Tensor, Tensor, Entry]  # parameter, gradient, entry
+Due = tuple[list[Tensor], list[Tensor], list[Entry]]  # parameters, their gradients, their entries
+_is_sparse = attrgetter("is_sparse")
 
 
 def check(engine: Engine, optimizer: Optimizer, view: View, claimed: bool) -> bool:
@@ -103,25 +106,38 @@ def decay(engine: Engine, optimizer: Optimizer, view: View, evaluated: bool) -> 
         for index, (group, buckets) in enumerate(zip(optimizer.param_groups, view.buckets, strict=True)):
             for bucket in buckets:
                 first = bucket[0][1]  # all of a bucket have its λ
-                due = _due(engine, view.owner, bucket, evaluated) if first.alpha else []
-                if not due or _was_skipped(engine, optimizer):
+                due = _due(engine, view.owner, bucket, evaluated) if first.alpha else ([], [], [])
+                if not due[0] or _was_skipped(engine, optimizer):
                     continue
                 if hooked:
-                    _warn_of_unheard_backward(engine, view, due[0])
+                    _warn_of_unheard_backward(engine, view, due)
                 if coupled and hooked:
-                    check_was_reached(engine, due)
+                    check_was_reached(engine, zip(*due, strict=True))
                 if coupled:
                     _add(engine, optimizer, due, first.alpha)
                 else:
                     _multiply(engine, optimizer, due, engine.factor(view, index, group, first.weight_decay))
-                for param, grad, entry in due:
-                    entry.mark(grad)
-                    if hooked and entry.handle is None:
+                _mark(view.owner, due)
+                for param, entry in zip(due[0], due[2], strict=True) if hooked else ():
+                    if entry.handle is None:
                         engine.track(entry.name, param)  # unfrozen since: from now on in its backward
 
 
-def _due(engine: Engine, owner: Owner, bucket: Iterable[tuple[Tensor, Entry]], evaluated: bool) -> list[Due]:
-    due = []
+def _mark(owner: Owner, due: Due) -> None:
+    """`Window.mark` for many, without a call for each."""
+    _, grads, entries = due
+    for grad, entry in zip(grads, entries, strict=True):
+        entry.stamp = owner.steps
+        entry.buffer = ref(grad)
+        entry.version = grad._version
+        if type(grad) is not Tensor:
+            entry.local = local_version(grad)
+
+
+def _due(engine: Engine, owner: Owner, bucket: Iterable[tuple[Tensor, Entry]], evaluated: bool) -> Due:
+    params: list[Tensor] = []
+    grads: list[Tensor] = []
+    entries: list[Entry] = []
     hooked = engine.settings.at == "backward"
     coupled = engine.settings.mode == "coupled"
     for param, entry in bucket:
@@ -142,8 +158,10 @@ def _due(engine: Engine, owner: Owner, bucket: Iterable[tuple[Tensor, Entry]], e
                 else:
                     _warn_of_replay(engine, entry)
             continue
-        due.append((param, grad, entry))
-    return due
+        params.append(param)
+        grads.append(grad)
+        entries.append(entry)
+    return params, grads, entries
 
 
 def _may_be_replayed(grad: Tensor) -> bool:
@@ -161,9 +179,9 @@ def _warn_of_replay(engine: Engine, entry: Entry) -> None:
     )
 
 
-def _warn_of_unheard_backward(engine: Engine, view: View, first: Due) -> None:
+def _warn_of_unheard_backward(engine: Engine, view: View, due: Due) -> None:
     """No hook has run since the last step, and yet something has changed a gradient in the buffer of an earlier one."""
-    _, grad, entry = first
+    _, (grad, *_), (entry, *_) = due
     if entry.handle is None or entry.buffer is None or entry.buffer() is not grad or not _may_be_replayed(grad):
         return
     if not any(other.decayed for bucket in chain.from_iterable(view.buckets) for _, other in bucket):
@@ -202,29 +220,31 @@ def _is_done(engine: Engine, grad: Tensor, entry: Entry, evaluated: bool) -> boo
     return True
 
 
-def _add(engine: Engine, optimizer: Optimizer, due: list[Due], alpha: float) -> None:
+def _add(engine: Engine, optimizer: Optimizer, due: Due, alpha: float) -> None:
     # A fused optimizer under a GradScaler un-scales inside its kernel: its gradients are scaled still.
     scale = getattr(optimizer, "grad_scale", None)
-    params, grads = _dense(due)
+    (params, grads, _), sparse = _split(due)
     arithmetic.add_all_(grads, params, alpha, scale, arithmetic.use_foreach(engine.settings.foreach, params))
-    for param, grad, entry in due:
-        if grad.is_sparse:
-            rows = entry.rows if entry.decayed else None
-            entry.rows = arithmetic.add_rows_(grad, param, arithmetic.scaled(alpha, scale), rows)
+    for param, grad, entry in zip(*sparse, strict=True):
+        rows = entry.rows if entry.decayed else None
+        entry.rows = arithmetic.add_rows_(grad, param, arithmetic.scaled(alpha, scale), rows)
 
 
-def _multiply(engine: Engine, optimizer: Optimizer, due: list[Due], by: Number) -> None:
+def _multiply(engine: Engine, optimizer: Optimizer, due: Due, by: Number) -> None:
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None:
         by = arithmetic.unless(found_inf, by)
-    params, _ = _dense(due)
+    (params, _, _), sparse = _split(due)
     arithmetic.mul_all_(params, by, arithmetic.use_foreach(engine.settings.foreach, params))
-    for param, grad, _ in due:
-        if grad.is_sparse:
-            arithmetic.mul_rows_(grad, param, by, None)
+    for param, grad, _ in zip(*sparse, strict=True):
+        arithmetic.mul_rows_(grad, param, by, None)
 
 
-def _dense(due: list[Due]) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters and gradients, without those whose gradient is sparse."""
-    dense = [(param, grad) for param, grad, _ in due if not grad.is_sparse]
-    return [param for param, _ in dense], [grad for _, grad in dense]
+def _split(due: Due) -> tuple[Due, Due]:
+    """Those whose gradient is dense, and those whose gradient is sparse."""
+    _, grads, _ = due
+    sparse = list(map(_is_sparse, grads))
+    if not any(sparse):
+        return due, ([], [], [])
+    dense = [not kind for kind in sparse]
+    return tuple(tuple(list(compress(column, kind)) for column in due) for kind in (dense, sparse))  # type: ignore[return-value]
