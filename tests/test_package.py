@@ -20,7 +20,7 @@ LAYERS = [
     {"_errors", "_role_names", "_trace_ops", "_norm_eps", "_isolated", "_invariance"},
     {"_numbers", "_conventions", "_arithmetic", "_window", "_members"},
     {"schedules", "_roles", "_optimizers", "_table", "_trace", "_averages"},
-    {"_decisions", "_overrides", "_recipes", "_audit_table", "_opaque"},
+    {"_decisions", "_overrides", "_recipes", "_audit_table", "_graph"},
     {"_findings"},
     {"_audit"},
     {"_plan"},
@@ -33,6 +33,7 @@ LAYERS = [
     {"_arguments", "_handle", "_oneshot"},
     {"_attach"},
     {"__init__"},
+    {"_plot_plan"},
     {"plot", "integrations.__init__", "integrations._callback"},
     {"_demo", "integrations.lightning", "integrations.transformers"},
     {"_commands.__init__", "_commands._shared"},
@@ -46,7 +47,7 @@ LAYERS = [
 ]
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 FOLDERS = ("integrations.", "_commands.")
-OPTIONAL = {"plot", "_demo", "cli", "__main__", *(name for name in FILES if name.startswith(FOLDERS))}
+OPTIONAL = {"plot", "_plot_plan", "_demo", "cli", "__main__", *(name for name in FILES if name.startswith(FOLDERS))}
 
 
 def imports_of(path: Path, typing_too: bool = False) -> set[str]:
