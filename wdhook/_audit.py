@@ -14,10 +14,10 @@ from torch.nn.parameter import is_lazy
 from ._conventions import is_flattened
 from ._errors import ArgumentError
 from ._findings import Audit, Finding
-from ._invariance import Projections, Scale, scales, threshold
+from ._graph import has_reentrant_checkpoint, nodes_of, opaque_uses
+from ._invariance import SEED, Projections, Scale, scales, threshold
 from ._isolated import Copies, isolated, tensors_in
 from ._norm_eps import shrink
-from ._opaque import opaque_uses
 from ._role_names import Role
 from ._roles import Verdict, classified
 from ._trace import Seen, Trace
@@ -132,9 +132,9 @@ def _run_in(
         trace.returned(outputs)
         # Of an operator that the trace knows to be custom it also knows the name.
         uses = {name: trace.uses(name) for name in leaves}
-        uses |= {
-            n: s for n, s in opaque_uses(outputs, leaves).items() if Use.OPAQUE not in {one.use for one in uses[n]}
-        }
+        nodes = nodes_of(outputs)
+        opaque = opaque_uses(nodes, leaves)
+        uses |= {n: s for n, s in opaque.items() if Use.OPAQUE not in {one.use for one in uses[n]}}
         reached = [t for t in outputs if t.requires_grad and (t.is_floating_point() or t.is_complex()) and t.numel()]
         name = str(dtype or ", ".join(sorted(map(str, types)))).replace("torch.", "")
         trainable = {key: leaf for key, leaf in leaves.items() if leaf.requires_grad and leaf.device.type != "meta"}
@@ -142,7 +142,8 @@ def _run_in(
             return _Run(uses, {}, name, None, trace.eps.leak(eps_were))
         epsilon, leak = max(epsilon, trace.coarsest), trace.eps.leak()
         axes = {key: seen.axis for key, found in uses.items() for seen in found if seen.use in DECAYED_USES}
-        found = scales(Projections(reached, trainable), trainable, axes, epsilon, leak)
+        projections = Projections(reached, trainable, reentrant=has_reentrant_checkpoint(nodes))
+        found = scales(projections, trainable, axes, epsilon, leak)
         return _Run(uses, found, name, threshold(epsilon, leak), trace.eps.leak(eps_were))
 
 
@@ -152,7 +153,7 @@ def _wake(leaves: Mapping[str, Tensor]) -> None:
     Nothing flows back through a zero, and a network whose biases are all zero scales with weights that it does not
     scale with later. A tenth of the usual scale of initialization, 1/√(inputs of each output).
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(SEED + 1)
     with torch.no_grad():
         for leaf in leaves.values():
             if leaf.device.type == "meta" or not leaf.is_floating_point() or not leaf.numel() or leaf.any():

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SEED = 1706_05350  # one that nobody draws weights or inputs from
 _LEAKS = 10.0  # ⟨r, Jw⟩ is normally distributed: ten standard deviations
 _BY_CHANCE = (2 / math.pi) ** 0.5  # P(|N(0, 1)| < τ) = √(2/π)·τ for small τ
 _NEGLIGIBLE = 1e-4  # parameters of a model that chance makes look invariant
-_CANCELLED = 1e4  # rounding errors of a sum of 1e8 terms that cancels, in units of machine epsilon: √1e8
+_CANCELLED = 1e3  # rounding errors of a sum of 1e6 terms that cancels, in units of machine epsilon: √1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,13 @@ class Projections:
             that are not finite (masks of -inf) are left out.
         leaves: name → parameter.
         seed: of the projections, which come from a generator of their own.
+        reentrant: whether there are reentrant checkpoints, which know `backward` alone.
     """
 
-    def __init__(self, outputs: Sequence[Tensor], leaves: Mapping[str, Tensor], seed: int = 0) -> None:
+    def __init__(
+        self, outputs: Sequence[Tensor], leaves: Mapping[str, Tensor], seed: int = SEED, reentrant: bool = False
+    ) -> None:
+        self._reentrant = reentrant
         self._outputs = outputs
         self._leaves = leaves
         self._generator = torch.Generator().manual_seed(seed)
@@ -75,18 +80,14 @@ class Projections:
         """The gradients of another projection with respect to some leaves; without those that it does not reach."""
         directions = [self._direction(output) for output in self._outputs]
         leaves = [self._leaves[name] for name in names]
-        try:
-            found: Sequence[Tensor | None] = torch.autograd.grad(
-                self._outputs, leaves, directions, retain_graph=True, allow_unused=True
-            )
-        except RuntimeError as error:
-            if "checkpoint" not in str(error):
-                raise
-            # Reentrant checkpoints know `backward` alone. The leaves are our own.
+        found: Sequence[Tensor | None]
+        if self._reentrant:
             torch.autograd.backward(self._outputs, directions, retain_graph=True)
-            found = tuple(leaf.grad for leaf in leaves)
+            found = [leaf.grad for leaf in leaves]
             for leaf in self._leaves.values():
-                leaf.grad = None
+                leaf.grad = None  # the leaves are our own
+        else:  # reaches no tensor of others
+            found = torch.autograd.grad(self._outputs, leaves, directions, retain_graph=True, allow_unused=True)
         reached = {name: g for name, g in zip(names, found, strict=True) if g is not None}
         return {name: (g if g.layout is torch.strided else g.to_dense()).detach() for name, g in reached.items()}
 
