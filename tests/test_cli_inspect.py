@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import wdhook
+import wdhook.plot
 from wdhook import cli
 from wdhook._commands._inputs import parse_inputs, parse_kwargs
 from wdhook._commands._shared import UsageError
@@ -240,6 +241,19 @@ def test_rich_on_a_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "0-1.fc.weight ×2" in drawn.getvalue()
     assert "─" in drawn.getvalue()
     assert plain.getvalue() == f"{wdhook.plan(build(), 1e-4)}\n"
+
+
+def test_the_plan_is_drawn_too(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """`--plot` writes the picture of the plan and prints what it always prints; without matplotlib it is an error."""
+    pytest.importorskip("matplotlib")
+    out = inspect(capsys, "models.py:build", "--plot", "plan.png")
+    assert out == f"{wdhook.plan(build(), 1e-4)}\n"
+    stream = io.BytesIO()
+    wdhook.plot.plan(wdhook.plan(build(), 1e-4)).savefig(stream)
+    assert (folder / "plan.png").read_bytes() == stream.getvalue()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    err = inspect(capsys, "models.py:build", "--plot", "plan.png", status=2)
+    assert "--plot needs packages that are not installed: matplotlib" in err
 
 
 # -- what cannot be -----------------------------------------------------------------------------------------------

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 FOUND = 1  # the command did its work, and found what it looks for: a problem, a difference
 BAD_USAGE = 2  # argparse's own exit status for a mistake of the user
@@ -42,3 +45,23 @@ def add_command(
 def first_line(error: BaseException) -> str:
     """The first line of the message of an error."""
     return (str(error).strip().splitlines() or ["(no message)"])[0]
+
+
+def require(what: str, packages: Sequence[str]) -> None:
+    """Raise `UsageError` where `what` needs packages of the extra ``demo`` that are not installed."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"{what} needs packages that are not installed: {', '.join(missing)}\n"
+            "  Install them: pip install 'wdhook[demo]'"
+        )
+
+
+def png(text: str) -> Path:
+    """A path that can be written: found out before the training, not after it."""
+    path = Path(text)
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be the name of a .png file, got {text!r}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot be written: {text!r}")
+    return path

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
-from importlib.util import find_spec
-from pathlib import Path
 
-from ._shared import Commands, UsageError, add_command
+from ._shared import Commands, add_command, png, require
 
 _PACKAGES = ("matplotlib", "rich", "sklearn", "tqdm")
 
@@ -41,7 +38,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of weights, batches and split (default: 0)")
     parser.add_argument("--epochs", type=_epochs, default=16, metavar="N", help="of each training (default: 16)")
     parser.add_argument(
-        "--out", type=_png, default="demo.png", metavar="PNG", help="where the plot goes (default: demo.png)"
+        "--out", type=png, default="demo.png", metavar="PNG", help="where the plot goes (default: demo.png)"
     )
 
 
@@ -51,12 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: a package of the extra is not installed.
     """
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"the demo needs packages that are not installed: {', '.join(missing)}\n"
-            "  Install them: pip install 'wdhook[demo]'"
-        )
+    require("the demo", _PACKAGES)
     from .._demo import demo
 
     return demo(arguments.seed, arguments.epochs, arguments.out)
@@ -75,13 +67,3 @@ def _integer(text: str, low: int, high: int) -> int:
     if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
         raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
     return int(text)
-
-
-def _png(text: str) -> Path:
-    """A path that can be written: found out before the training, not after it."""
-    path = Path(text)
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise argparse.ArgumentTypeError(f"must be the name of a .png file, got {text!r}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot be written: {text!r}")
-    return path

@@ -7,12 +7,13 @@ import json
 import sys
 from typing import Any
 
+from .. import plot
 from .._decisions import Decision, Plan
 from .._plan import plan
 from .._recipes import RECIPES
 from .._table import diff_rows, diff_table, headline, plan_rows, totals
 from ._plans import add_plan_arguments, as_dict, diff_as_dict, overrides_of, print_table, sums
-from ._shared import FOUND, PROGRAM, Commands, add_command
+from ._shared import FOUND, PROGRAM, Commands, add_command, png, require
 from ._targets import TARGETS, build_model
 
 _DESCRIPTION = f"""\
@@ -30,7 +31,7 @@ examples:
   python -m wdhook inspect hf:BertConfig --only guessed
   python -m wdhook inspect my_file.py:build_model --override 'layer4.*=0' --override norm=true
   python -m wdhook inspect torchvision.models:resnet50 --diff timm
-  python -m wdhook inspect hf:LlamaConfig --summary
+  python -m wdhook inspect hf:LlamaConfig --summary --plot plan.png
   python -m wdhook inspect my_file.py:build_model --json | jq '.parameters[] | select(.guess).name'
 """
 
@@ -53,6 +54,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--diff", choices=list(RECIPES), metavar="NAME", help="show what this recipe decides otherwise")
     parser.add_argument("--only", choices=_ONLY, help="show these parameters; the totals are of all")
     parser.add_argument("--summary", action="store_true", help="show the totals alone")
+    parser.add_argument("--plot", type=png, metavar="PNG", help="draw the plan too, with wdhook.plot.plan")
     parser.add_argument("--json", action="store_true", help="print JSON; docs/command-line.md has its schema")
 
 
@@ -60,13 +62,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan, or its difference.
 
     Raises:
-        UsageError: the target cannot be built.
+        UsageError: the target cannot be built, or --plot lacks matplotlib.
         ArgumentError: an override matches nothing.
     """
     model, why = build_model(arguments.target, arguments.kwargs, meta=True)
     if why is not None:
         print(f"{PROGRAM} inspect: built on the CPU, as it cannot be built on the meta device: {why}", file=sys.stderr)
     made = plan(model, arguments.weight_decay, overrides=overrides_of(arguments), recipe=arguments.recipe)
+    if arguments.plot is not None:
+        require("--plot", ["matplotlib"])
+        plot.plan(made).savefig(arguments.plot)
     diff = None
     if arguments.diff is not None:
         diff = made.diff(plan(model, arguments.weight_decay, recipe=arguments.diff))
