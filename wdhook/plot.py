@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 __all__ = ["norms", "plan"]
 
 History = Mapping[str, Mapping[str, Sequence[float]]]
-Snapshots = Sequence[Any]
 
 # Colours that colour-blind readers can tell apart (Okabe & Ito 2008, Tol); dashes and widths differ too. The third is
 # a broad band behind all others, the fourth lies on top with wide gaps: lines that coincide stay visible.
@@ -37,7 +36,10 @@ class _Line(NamedTuple):
 
 
 def norms(
-    history: History | Snapshots | Mapping[str, Snapshots], *, xlabel: str | None = None, ylabel: str = "L2 norm"
+    history: History | Sequence[Any] | Mapping[str, Sequence[Any]],
+    *,
+    xlabel: str | None = None,
+    ylabel: str = "L2 norm",
 ) -> Figure:
     """Draw norms over training: a panel for each quantity, a line for each training.
 
