@@ -25,6 +25,8 @@ from .models import Tensors
 from .ratios import DECOUPLED, LR, MOMENTS, λ
 from .timing import Variant, side_by_side
 
+WAYS: dict[str, dict[str, str] | None] = {**MOMENTS, **DECOUPLED, "foreach SGD's own decay": None}
+
 
 @dataclass(frozen=True)
 class Total:
@@ -44,9 +46,11 @@ def totals(device: torch.device, quick: bool) -> Iterator[Total]:
         yield Total(f"attach, {count:,} parameters", _attach(count), "s", at_most)
     yield from _memories(200 if quick else 5_000)
     size = 64 if quick else 2048
-    for name, how in (MOMENTS | DECOUPLED).items():
-        yield Total(f"tensor memory of a step, {name}", _tensor_memory(device, size, how), "MiB", 0.0)
-    yield Total("tensor memory of a step, foreach SGD's own decay", _tensor_memory(device, size, None), "MiB", None)
+    for name, how in WAYS.items():
+        at_most = None if how is None else 0.0
+        yield Total(f"tensor memory of a step with 4 weights, {name}", _added(device, 4, size, how)[1], "MiB", at_most)
+    for name, how in WAYS.items():
+        yield Total(f"operations of a step with 100 weights, {name}", _added(device, 100, 16, how)[0], "", None)
     yield Total("import wdhook after import torch", _import(3 if quick else 9), "ms", 15)
     if device.type == "cuda":
         for name, how in (MOMENTS | DECOUPLED).items():
@@ -96,11 +100,12 @@ def _memories(count: int) -> Iterator[Total]:
     yield Total("Python memory of a decayed parameter, beyond that", weights[1] - weights[0], "bytes", 600)
 
 
-class _Allocated(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make."""
+class _Recorded(TorchDispatchMode):
+    """Counts operations, and the bytes of the storages that they make."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.operations = 0
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -109,28 +114,30 @@ class _Allocated(TorchDispatchMode):
         known = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
         made = {tensor.untyped_storage()._cdata: tensor for tensor in tree_leaves(result) if torch.is_tensor(tensor)}
         self.bytes += sum(tensor.untyped_storage().nbytes() for key, tensor in made.items() if key not in known)
+        self.operations += 1
         return result
 
 
-def _tensor_memory(device: torch.device, size: int, how: dict[str, str] | None) -> float:
-    """MiB that a backward and a step of SGD with 4 weights of `size`² allocate beyond those without any decay."""
-    return (_allocated(device, size, how, decay=True) - _allocated(device, size, how, decay=False)) / 2**20
+def _added(device: torch.device, count: int, size: int, how: dict[str, str] | None) -> tuple[int, float]:
+    """Operations and MiB that decay adds to a backward and a step of SGD with `count` weights of `size`²."""
+    with_decay, without = (_recorded(device, count, size, how, decay) for decay in (True, False))
+    return with_decay.operations - without.operations, (with_decay.bytes - without.bytes) / 2**20
 
 
-def _allocated(device: torch.device, size: int, how: dict[str, str] | None, decay: bool) -> int:
-    model = Tensors(4, (size, size), device)
+def _recorded(device: torch.device, count: int, size: int, how: dict[str, str] | None, decay: bool) -> _Recorded:
+    model = Tensors(count, (size, size), device)
     own = λ if how is None and decay else 0.0
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, foreach=True, weight_decay=own)
     handle = wdhook.attach(model, λ, **how) if how is not None and decay else None
     for _ in range(2):  # the momentum is made in the first step
         optimizer.zero_grad()
         loss = model.loss()
-        with _Allocated() as allocated:
+        with _Recorded() as recorded:
             loss.backward()
             optimizer.step()
     if handle is not None:
         handle.remove()
-    return allocated.bytes
+    return recorded
 
 
 def _import(runs: int) -> float:

@@ -28,7 +28,7 @@ def bent(step: int) -> float:
 
 def dino(base: float, final: float, total: int) -> list[float]:
     """DINOv2's `CosineScheduler` without warm-up and freezing, by the book."""
-    return [final + 0.5 * (base - final) * (1 + math.cos(math.pi * i / total)) for i in range(total)]
+    return [final + 0.5 * (base - final) * (1 + math.cos(math.pi * (i / total))) for i in range(total)]
 
 
 def test_the_schedules_that_are_there() -> None:
@@ -59,7 +59,7 @@ def test_what_is_no_schedule(make: Callable[[], Any], parts: list[str]) -> None:
 def test_schedules_can_be_pickled_and_read() -> None:
     """They travel to other processes in callbacks, and say what they are."""
     schedule = schedules.cosine(0.04, 0.4, 10)
-    assert pickle.loads(pickle.dumps(schedule)) == schedule
+    assert [pickle.loads(pickle.dumps(schedule))(step) for step in range(12)] == [schedule(step) for step in range(12)]
     assert "start=0.04, end=0.4, steps=10" in repr(schedule)
 
 

@@ -8,9 +8,10 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from . import schedules
 from ._attach import adopt, attach
-from ._audit import audit
 from ._decisions import Decision, Plan, PlanDiff
 from ._errors import (
     AlreadyAttachedError,
@@ -27,12 +28,15 @@ from ._errors import (
     WdhookError,
     WdhookWarning,
 )
-from ._findings import Audit, Finding
 from ._handle import WeightDecay
 from ._oneshot import apply_weight_decay, l2_penalty
 from ._plan import param_groups, plan
 from ._roles import Role
 from ._snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from ._audit import audit
+    from ._findings import Audit, Finding
 
 __version__ = "0.1.0"
 
@@ -68,3 +72,17 @@ __all__ = [
     "plan",
     "schedules",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What few need is imported when it is asked for: it would be a third of the time of the import."""
+    if name in ("audit", "Audit", "Finding"):
+        from . import _audit, _findings
+
+        globals().update(audit=_audit.audit, Audit=_findings.Audit, Finding=_findings.Finding)
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,7 +17,7 @@ from ._role_names import Role
 from ._table import diff_table, plan_table
 
 # What parametrizations, pruning, the older norms of weights, and adapters insert into or add to parameter names.
-_RENAMED = re.compile(
+_RENAMED = (
     r"(?<![^.])(?:(?:base_layer|original_module|modules_to_save\.[^.]+)\."
     r"|parametrizations\.(?P<local>\w+)\.original\d*$|(?P<pruned>\w+)_orig$|(?P<normed>weight\w*)_v$)"
 )
@@ -199,7 +199,7 @@ class PlanDiff(Mapping[str, "tuple[Decision | None, Decision | None]"]):
 
 def _former_name(name: str) -> str:
     """The name before anything renamed the parameter."""
-    return _RENAMED.sub(lambda found: found["local"] or found["pruned"] or found["normed"] or "", bare_name(name))
+    return re.sub(_RENAMED, lambda found: found["local"] or found["pruned"] or found["normed"] or "", bare_name(name))
 
 
 def _inheriting(new: Decision, old: Decision | None) -> Decision:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -12,11 +12,13 @@ from torch.nn.parameter import is_lazy
 from ._conventions import bare_name, is_flattened
 from ._decisions import Decision, Plan
 from ._errors import ArgumentError, NothingToDecayError
-from ._findings import Audit
 from ._numbers import check_factor
 from ._overrides import Candidate, Overrides, apply_overrides
 from ._role_names import Role
 from ._roles import DECAYED_ROLES, Verdict, classified
+
+if TYPE_CHECKING:
+    from ._findings import Audit
 
 
 def plan(
@@ -130,6 +132,8 @@ def _refuse_flattened(model: nn.Module, decisions: Mapping[str, Decision]) -> No
 
 
 def _check_audit(audit: Audit, model: nn.Module, recipe: str | None) -> None:
+    from ._findings import Audit  # needed by few
+
     if not isinstance(audit, Audit):
         raise ArgumentError(
             f"`audit` must be an Audit.\n  got: {type(audit).__name__}\n  Make one: wdhook.audit(model, *inputs)"

@@ -37,23 +37,23 @@ class Family(enum.Enum):
     COMPOSITE = enum.auto()  # an attention, a block, a model: the name promises nothing
 
 
-_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_WORD = r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])"
 
 
 def _words(name: str) -> list[str]:
     """The words of a CamelCase or snake_case name in lower case, without digits."""
-    return [word.lower() for word in _WORD.findall(name)]
+    return [word.lower() for word in re.findall(_WORD, name)]
 
 
 # ---------------------------------------------------------------------------------------------- class names
 
-_CLASS_NICKNAME = re.compile(
+_CLASS_NICKNAME = (
     r"(?P<NORM>^(?i:dyt|dynamic_?(?:tanh|erf)|derf|[fg]rn|cln|[lbgi]n\d?d?|evo)(?![a-z])|[LBG]N$)"
     r"|(?P<SCALE>^Dora)"
 )
 """Norms that are not called so, and the magnitude layers of DoRA, which are called linear or convolution."""
 
-_CLASS_WORD = re.compile(
+_CLASS_WORD = (
     r"(?P<NORM>norm$)|(?P<SCALE>^(?:scale|rescale|layerscale|snake|snakebeta|prelu|affine)$)"
     r"|(?P<EMBEDDING>^embed|embeddings?$|^lookup$)"
     r"|(?P<WEIGHT>(?:linear|conv|dense|projection|projector|router|head)$|^(?:proj|experts?|lora|mlp)$)"
@@ -61,20 +61,20 @@ _CLASS_WORD = re.compile(
     r"|net)$)"
 )
 
-_WEIGHT_CLASS = re.compile(r"linear|conv|embed|dense", re.I)
+_WEIGHT_CLASS = r"(?i:linear|conv|embed|dense)"
 
 
 @lru_cache(maxsize=4096)
 def family_of(class_name: str) -> Family | None:
     """The family that a class name speaks of, if any."""
-    nickname = _CLASS_NICKNAME.search(class_name)
-    candidates = [nickname] if nickname else map(_CLASS_WORD.search, reversed(_words(class_name)))
+    nickname = re.search(_CLASS_NICKNAME, class_name)
+    candidates = [nickname] if nickname else [re.search(_CLASS_WORD, word) for word in reversed(_words(class_name))]
     return next((Family[found.lastgroup] for found in candidates if found and found.lastgroup), None)
 
 
 def may_hold_weight(class_name: str) -> bool:
     """Whether a class name says linear, convolution or embedding anywhere, as `ConvNormAct` does."""
-    return _WEIGHT_CLASS.search(class_name) is not None
+    return re.search(_WEIGHT_CLASS, class_name) is not None
 
 
 # ---------------------------------------------------------------------------------------------- local names
@@ -119,13 +119,13 @@ _NOUNS = _dictionary(
 _LATE_NOUNS = _dictionary(POSITION="table tables", MATRIX="w")
 """Words that speak only where no other does: not in `scale_shift_table`, nor in `rel_pos_w` (a width)."""
 
-_STEM = re.compile(
+_STEM = (
     r"(?P<POSITION>embed|token|relpos|position|prompt|latent)|(?P<BIAS>bias)"
     r"|(?P<SCALE>scale|gamma|temperature)"
 )
 """For words that are written as one (`qkvbias`)."""
 
-_SPECIAL = re.compile(
+_SPECIAL = (
     r"(?P<NORM>(?:norm|(?<![a-z])(?:ln|bn))\d*_(?:weight|w|scale|gamma|g)$)"
     r"|(?P<FIRM_WEIGHT>lora_?(?:embedding_?)?(?:[AB]|down|up)(?![a-z])|time_(?:maa|decay)_\w*w\d$)"
     # The constants of state-space and linear recurrent layers, where a capital letter means something.
@@ -143,7 +143,7 @@ _SPECIAL = re.compile(
 @lru_cache(maxsize=16384)
 def meaning_of(local: str) -> Meaning | None:
     """What a local name says: a role, a hint that needs the shape, or nothing."""
-    special = _SPECIAL.search(local)
+    special = re.search(_SPECIAL, local)
     if special and special.lastgroup:
         return _meaning(special.lastgroup)
     words = _words(local)
@@ -151,5 +151,5 @@ def meaning_of(local: str) -> Meaning | None:
         for word in reversed(words):
             if word in nouns:
                 return nouns[word]
-    stem = _STEM.search(local.lower())
+    stem = re.search(_STEM, local.lower())
     return _meaning(stem.lastgroup) if stem and stem.lastgroup else None

@@ -215,17 +215,15 @@ def _by_reparametrization(owner: nn.Module, local: str) -> Verdict | None:
     return None
 
 
-_WEIGHT_NAME = re.compile(
-    r"(?:weight(?:_[ih]h|_hr)?|(?:in|q|k|v)_proj_weight)(?:_l\d+)?(?:_reverse)?(?:_orig|_raw|_v)?"
-)
-_BIAS_NAME = re.compile(r"(?:bias(?:_[ih]h|_k|_v)?|in_proj_bias)(?:_l\d+)?(?:_reverse)?(?:_orig|_raw)?")
+_WEIGHT_NAME = r"(?:weight(?:_[ih]h|_hr)?|(?:in|q|k|v)_proj_weight)(?:_l\d+)?(?:_reverse)?(?:_orig|_raw|_v)?"
+_BIAS_NAME = r"(?:bias(?:_[ih]h|_k|_v)?|in_proj_bias)(?:_l\d+)?(?:_reverse)?(?:_orig|_raw)?"
 
 
 def _by_torch_type(owner: nn.Module, local: str) -> Verdict | None:
     """What torch's own classes and their subclasses say of `weight` and `bias`; never a matter of shape."""
-    if _BIAS_NAME.fullmatch(local):
+    if re.fullmatch(_BIAS_NAME, local):
         role, bases = Role.BIAS, _WEIGHTS
-    elif _WEIGHT_NAME.fullmatch(local):
+    elif re.fullmatch(_WEIGHT_NAME, local):
         role, bases = Role.WEIGHT, _WEIGHTS
     else:
         return None
@@ -248,15 +246,15 @@ def _owner_is(owner: nn.Module, bases: tuple[type[nn.Module], ...]) -> str:
     return f"owner is {name}" if name == f"nn.{own}" else f"owner is {own}, a {name}"
 
 
-_POSITION_TABLE = re.compile(r"pos|token|quer|latent|prompt|cls")
-_PLAIN_WEIGHT = re.compile(r"weight(?:_orig|_v)?|w\d*")
+_POSITION_TABLE = r"pos|token|quer|latent|prompt|cls"
+_PLAIN_WEIGHT = r"weight(?:_orig|_v)?|w\d*"
 
 
 def _by_family(owner: nn.Module, local: str, shape: Shape) -> Verdict | None:
     """What the name of the owner's class promises."""
     kind = _class_name(owner)
     family, reason = _family(owner, kind), f"owner is called {kind}"
-    plain = _PLAIN_WEIGHT.fullmatch(local) is not None
+    plain = re.fullmatch(_PLAIN_WEIGHT, local) is not None
     if family is Family.NORM:
         all_of_it = not may_hold_weight(kind) and not _has_weighted_children(owner)
         return Verdict(Role.NORM, reason) if all_of_it or _vectorlike(shape) else None
@@ -271,7 +269,7 @@ def _by_family(owner: nn.Module, local: str, shape: Shape) -> Verdict | None:
 
 def _is_the_table(owner: nn.Module, local: str, shape: Shape) -> bool:
     """The only parameter of an embedding class is what it looks up: a true matrix, not called a position."""
-    if len(list(owner.parameters())) != 1 or _POSITION_TABLE.search(local):
+    if len(list(owner.parameters())) != 1 or re.search(_POSITION_TABLE, local):
         return False
     return len(shape or ()) == 2 and not _vectorlike(shape)
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ._errors import ArgumentError
 from ._numbers import check_factor
@@ -35,7 +34,7 @@ def constant(weight_decay: float) -> Schedule:
     Raises:
         ArgumentError: it is negative, not finite or not a number.
     """
-    return _Straight(check_factor(weight_decay), check_factor(weight_decay), 1)
+    return _Line(check_factor(weight_decay), check_factor(weight_decay), 1)
 
 
 def linear(start: float, end: float, steps: int) -> Schedule:
@@ -48,7 +47,7 @@ def linear(start: float, end: float, steps: int) -> Schedule:
     >>> [wdhook.schedules.linear(0.0, 0.4, steps=4)(step) for step in range(6)]
     [0.0, 0.1, 0.2, 0.30000000000000004, 0.4, 0.4]
     """
-    return _Straight(check_factor(start, "start"), check_factor(end, "end"), _check_steps(steps))
+    return _Line(check_factor(start, "start"), check_factor(end, "end"), _check_steps(steps))
 
 
 def cosine(start: float, end: float, steps: int) -> Schedule:
@@ -67,26 +66,30 @@ def cosine(start: float, end: float, steps: int) -> Schedule:
     return _Cosine(check_factor(start, "start"), check_factor(end, "end"), _check_steps(steps))
 
 
-@dataclass(frozen=True)
-class _Straight:
-    start: float
-    end: float
-    steps: int
+class _Course:
+    """From `start` to `end` in `steps`, then `end`. A class and no closure, so that it can be pickled and printed."""
+
+    def __init__(self, start: float, end: float, steps: int) -> None:
+        self.start, self.end, self.steps = start, end, steps
 
     def __call__(self, step: int) -> float:
-        return self.end if step >= self.steps else self.start + (self.end - self.start) * (step / self.steps)
+        return self.end if step >= self.steps else self._between(step / self.steps)
+
+    def _between(self, part: float) -> float:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(start={self.start!r}, end={self.end!r}, steps={self.steps})"
 
 
-@dataclass(frozen=True)
-class _Cosine:
-    start: float
-    end: float
-    steps: int
+class _Line(_Course):
+    def _between(self, part: float) -> float:
+        return self.start + (self.end - self.start) * part
 
-    def __call__(self, step: int) -> float:
-        if step >= self.steps:
-            return self.end
-        return self.end + 0.5 * (self.start - self.end) * (1 + math.cos(math.pi * step / self.steps))
+
+class _Cosine(_Course):
+    def _between(self, part: float) -> float:
+        return self.end + 0.5 * (self.start - self.end) * (1 + math.cos(math.pi * part))
 
 
 def _check_steps(steps: object) -> int:
