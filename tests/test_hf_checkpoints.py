@@ -78,6 +78,15 @@ def test_the_comparison_can_fail(tmp_path: Path) -> None:
         check_resume("coupled", "step", tmp_path, forget=True)
 
 
+def test_a_schedule_goes_on(tmp_path: Path) -> None:
+    """λ as a function of the step: a resumed run is the run that was never interrupted."""
+    schedule = wdhook.schedules.linear(0.0, 0.5, 12)
+    straight, again = perceptron(seed=8), perceptron(seed=9)
+    train(straight, tmp_path, WeightDecayCallback(schedule), **SAVE)
+    train(again, tmp_path, WeightDecayCallback(schedule), resume=str(tmp_path / "checkpoint-8"), **SAVE)
+    assert_bit_equal(again.state_dict(), straight.state_dict())
+
+
 def test_a_checkpoint_without_the_callback(tmp_path: Path) -> None:
     """Resumed with a new callback: λ is the one given, and further checkpoints can be saved."""
     train(perceptron(), tmp_path, **SAVE)

@@ -104,6 +104,16 @@ def test_the_comparison_can_fail(tmp_path: Path) -> None:
         check_resume("coupled", "step", "after fit", tmp_path / "saved.ckpt", forget=True)
 
 
+def test_a_schedule_goes_on(tmp_path: Path) -> None:
+    """λ as a function of the step: a resumed run is the run that was never interrupted."""
+    schedule, kind = wdhook.schedules.linear(0.0, 0.5, 12), torch.optim.SGD
+    straight, first, again = perceptron(seed=8), perceptron(seed=8), perceptron(seed=9)
+    fit(Regression(straight, kind), WeightDecay(schedule), max_epochs=5)
+    modules = [Regression(model, kind) for model in (first, again)]
+    resumed(*modules, tmp_path / "a.ckpt", "after fit", [WeightDecay(schedule)], [WeightDecay(schedule)])
+    assert_bit_equal(again.state_dict(), straight.state_dict())
+
+
 class Late(pl.strategies.SingleDeviceStrategy):
     """Loads checkpoints when `fit` has started, as the strategies for sharded models do."""
 
