@@ -33,7 +33,7 @@ LAYERS = [
     {"_arguments", "_handle", "_oneshot"},
     {"_attach"},
     {"__init__"},
-    {"_plot_plan"},
+    {"_plot_plan", "_plot_audit"},
     {"plot", "integrations.__init__", "integrations._callback"},
     {"_demo", "integrations.lightning", "integrations.transformers"},
     {"_commands.__init__", "_commands._shared"},

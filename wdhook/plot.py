@@ -7,12 +7,13 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._errors import ArgumentError
+from ._plot_audit import audit
 from ._plot_plan import plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["norms", "plan"]
+__all__ = ["audit", "norms", "plan"]
 
 History = Mapping[str, Mapping[str, Sequence[float]]]
 
