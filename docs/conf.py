@@ -32,7 +32,7 @@ napoleon_use_rtype = False
 
 # Docstrings put arguments and values in single backticks as well as names: what is a name becomes a link.
 default_role = "py:obj"
-_ELSEWHERE = r"(torch|collections|typing|matplotlib)\..*|wdhook\._.*|Any|Figure|History|.*Error"
+_ELSEWHERE = r"(torch|collections|typing|matplotlib)\..*|wdhook\._.*|nn\..*|Any|Audit|Figure|History|Overrides|.*Error"
 nitpick_ignore_regex = [("py:obj", ".*"), ("py:class", _ELSEWHERE)]
 
 maximum_signature_line_length = 90  # longer ones get a line for each argument
