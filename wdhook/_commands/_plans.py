@@ -22,7 +22,8 @@ def add_plan_arguments(parser: argparse._ActionsContainer, weight_decay: float) 
     parser.add_argument(
         "--weight-decay", type=_factor, default=weight_decay, metavar="λ", help=f"per step (default: {weight_decay:g})"
     )
-    parser.add_argument("--recipe", choices=list(RECIPES), help="decide by the rule of a known project", metavar="NAME")
+    known = ", ".join(RECIPES)
+    parser.add_argument("--recipe", choices=list(RECIPES), help=f"decide by a known rule: {known}", metavar="NAME")
     parser.add_argument(
         "--override",
         type=_override,
