@@ -41,7 +41,7 @@ def audit(audit: Audit) -> Figure:
     from matplotlib.figure import Figure  # not pyplot: it would choose a backend for the whole process
 
     figure = Figure(figsize=(6.0, 3.2), dpi=200, layout="constrained")
-    ax = figure.subplots()
+    ax: Any = figure.subplots()
     drawn = [(i, f) for i, f in enumerate(audit.values()) if f.sensitivity is not None]
     for label, (color, marker, uses) in _STYLES.items():
         _marks(ax, label, [(i, f) for i, f in drawn if f.use in uses], color=color, marker=marker)
@@ -64,7 +64,8 @@ def audit(audit: Audit) -> Figure:
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    if drawn:
+        figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 
