@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from test_package import FILES, imports_of
 
 import wdhook
 import wdhook.plot
@@ -229,3 +230,16 @@ def test_every_page_can_be_found() -> None:
     assert sorted(listed) == sorted(pages)
     readme = (ROOT / "README.md").read_text()
     assert {page for page in pages if f"(docs/{page}.md)" not in readme} == set()
+
+
+def test_every_file_has_its_place() -> None:
+    """The list of files in docs/how-it-works.md has each one, or its folder, below everything that it imports."""
+    text = (DOCS / "how-it-works.md").read_text()
+    listed = re.findall(r"`(\w+(?:\.py|/))`", text[text.index("| file | holds |") :])
+    place = {name.removesuffix(".py").removesuffix("/"): i for i, name in enumerate(listed)}
+    inside = {name: path for name, path in FILES.items() if name not in ("__init__", "__main__")}
+    assert place.keys() == {name.split(".")[0] for name in inside}
+    for name, path in inside.items():
+        above = {other.split(".")[0] for other in imports_of(path)} - {"__init__"}
+        late = {other for other in above if place[other] > place[name.split(".")[0]]}
+        assert not late, f"{name} imports {late}, which the page lists below it"
