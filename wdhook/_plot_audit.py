@@ -27,7 +27,7 @@ _LOWEST = 1e-17  # rounding alone: what is below is drawn here
 def audit(audit: Audit) -> Figure:
     """Draw how much the scale of each parameter matters, in the order of the model.
 
-    Each mark is a parameter, at its sensitivity √n·|⟨w, g⟩|/(‖w‖·‖g‖): about 1 where weight decay regularizes, below
+    Each mark is a parameter, at its sensitivity √n·abs⟨w, g⟩/(‖w‖·‖g‖): about 1 where weight decay regularizes, below
     the threshold where it acts on the step size alone. Parameters without a gradient are not drawn; those whose
     use contradicts the plan have a ring.
 
