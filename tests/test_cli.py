@@ -62,6 +62,7 @@ def test_the_demo_has_the_documented_defaults(monkeypatch: pytest.MonkeyPatch) -
     ("arguments", "piece"),
     [
         ([], "required: <command>"),
+        ([], "{inspect,audit,doctor,demo} ..."),
         (["sing"], "invalid choice: 'sing'"),
         (["demo", "--colour"], "unrecognized arguments: --colour"),
         (["demo", "--seed", "-1"], "whole number from 0"),

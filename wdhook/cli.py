@@ -65,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     for command in _COMMANDS:
         command.add(commands)
+    # Whoever gives no command sees which there are.
+    parser.usage = f"{PROGRAM} [-h] [--version] {{{','.join(commands.choices)}}} ..."
     return parser
 
 
