@@ -33,7 +33,7 @@ import wdhook  # noqa: E402
 
 PAGE = HERE.parent / "docs" / "audit.md"
 START, END = "<!-- made by tests/make_audit_table.py -->\n", "<!-- end -->\n"
-HEAD = "| library | models | without input | tensors | agree | contradict | no use seen | other or opaque |\n"
+HEAD = "| library | models | without input | tensors | agree | contradict | no use seen | marked or not known |\n"
 SECONDS = 20  # for a model; the slowest trace tens of thousands of operations
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

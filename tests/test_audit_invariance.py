@@ -87,6 +87,11 @@ CASES: dict[str, tuple[nn.Module, Tensor, dict[str, tuple[bool, int]]]] = {
     "before a BatchNorm": (ready(conv_norm(True), IMAGE), IMAGE, {"0.weight": (True, 4), "4.weight": (False, 0)}),
     "before a BatchNorm that stands still": (ready(conv_norm(False), IMAGE), IMAGE, {"0.weight": (False, 0)}),
     "before a LayerNorm": (Residual(stream=False), ROWS, {"fc.weight": (True, 0)}),
+    "before a LayerNorm, beside a bias": (
+        nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6)),
+        ROWS,
+        {"0.weight": (False, 0)},
+    ),
     "beside a residual stream": (Residual(stream=True), ROWS, {"fc.weight": (False, 0)}),
     "two layers before a norm": (
         nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5), nn.BatchNorm1d(5)),
