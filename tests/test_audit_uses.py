@@ -271,6 +271,33 @@ def test_what_cannot_be_seen_through_is_opaque(function: Callable[..., Tensor]) 
     assert found.operations in (("Straight",), ("wdhook_tests::scaled",))
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_operators_that_take_functions_are_opaque() -> None:
+    """`flex_attention` is no operator with a schema: what it is given is opaque, what comes out is data."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention  # since torch 2.5
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return flex(m.p.expand(2, 1, 16, 16), x, x) * m.q
+
+    model = Of(forward, p=(1, 1, 16, 16), q=(16,)).requires_grad_(False)  # on the CPU it has no backward pass
+    found = wdhook.audit(model, x(2, 1, 16, 16))
+    assert [(str(f.use), f.operations) for f in found.values()] == [
+        ("opaque", ("flex_attention",)),
+        ("multiplication", ("mul[other]",)),
+    ]
+
+
+def test_compiled_functions_are_seen_through() -> None:
+    """A function that the forward pass calls compiled runs as it was written."""
+
+    @torch.compile(backend="eager")
+    def gained(x: Tensor, p: Tensor) -> Tensor:
+        return torch.sin(x) * p
+
+    found = wdhook.audit(Of(lambda m, x: gained(x, m.p), p=(4,)), x(2, 4))
+    assert found["p"].operations == ("mul[other]",)
+
+
 @dataclass
 class Output:
     """As libraries return them."""

@@ -160,7 +160,7 @@ def _wake(leaves: Mapping[str, Tensor]) -> None:
                 continue
             inputs = leaf.numel() // leaf.shape[0] if leaf.dim() > 1 else 1
             noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
-            leaf.copy_(noise * 0.1 / inputs**0.5)
+            leaf.copy_((noise * 0.1 / inputs**0.5).to(leaf.dtype))
 
 
 # ---------------------------------------------------------------------------------------------- the verdict
@@ -168,6 +168,8 @@ def _wake(leaves: Mapping[str, Tensor]) -> None:
 
 def _finding(name: str, parameter: Tensor, verdict: Verdict, seen: list[Seen], scale: Scale) -> Finding:
     use = _main(seen)
+    if use is Use.UNUSED and scale.sensitivity is not None:
+        use = Use.OPAQUE  # it has a gradient: what used it was out of sight
     role, agrees = verdict.role, None
     decays = {one.use in DECAYED_USES for one in seen if one.use not in SILENT_USES}
     if len(decays) == 1 and not verdict.marked and (parameter.is_floating_point() or parameter.is_complex()):

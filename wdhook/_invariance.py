@@ -133,7 +133,7 @@ def _measured(
 ) -> dict[str, Scale]:
     """One projection, read: three numbers for each parameter, brought to the CPU together."""
     sums = {
-        name: torch.stack([_dot(leaves[name], g), leaves[name].detach().norm(), g.norm()]).double().cpu()
+        name: torch.stack([_dot(leaves[name], g), leaves[name].detach().norm(), g.norm()]).cpu().double()
         for name, g in gradients.items()
     }
     found = {name: Scale() for name in leaves}

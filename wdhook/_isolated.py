@@ -6,7 +6,7 @@ import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -85,6 +85,7 @@ def isolated(model: nn.Module, copies: Copies) -> Iterator[None]:
     try:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(_uncompiled())
         for module in modules:
             inside = {key: copies.of(value) for key, value in vars(module).items()}
             if "_compiled_call_impl" in inside:
@@ -97,6 +98,13 @@ def isolated(model: nn.Module, copies: Copies) -> Iterator[None]:
         for module, attributes in zip(modules, own, strict=True):
             vars(module).clear()
             vars(module).update(attributes)
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Compiled functions run as they were written: a trace needs their operations."""
+    dynamo = "torch._dynamo" in sys.modules  # nothing is compiled before, and importing it takes seconds
+    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    return stance("force_eager") if dynamo and stance is not None else nullcontext()
 
 
 @contextmanager
@@ -113,6 +121,9 @@ def _random_state_kept(devices: set[torch.device]) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU's
             for kind, some in kinds.items():
+                if kind == "mps":  # one device, which its functions do not take as an argument
+                    stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+                    continue
                 stack.enter_context(torch.random.fork_rng(devices=some, device_type=kind))
             yield
     finally:

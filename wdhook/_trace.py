@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ._isolated import tensors_in
 from ._norm_eps import EpsWatch, weak_storage
 from ._trace_ops import (
     JOINING,
@@ -92,6 +93,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             purpose would otherwise hide differences below that precision.
     """
 
+    supports_higher_order_operators = True  # torch.cond, flex_attention: they come here like any other
+
     def __init__(self, parameters: Mapping[str, Tensor], inputs: Iterable[Tensor], keep_double: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.eps = EpsWatch()
@@ -125,6 +128,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Read the operands, run the operation, mark what comes out."""
         kwargs = kwargs or {}
+        if not hasattr(func, "_schema"):
+            return self._higher(func, args, kwargs)
         if self._keep_double and func is torch.ops.aten._to_copy.default and args[0].dtype is torch.float64:
             kwargs = {**kwargs, "dtype": torch.float64} if kwargs.get("dtype") in _LOW else kwargs
         operands = list(self._operands(func, args, kwargs))
@@ -137,6 +142,15 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._write(tensor, data, carried, func._schema.is_mutable)
         if data or held:
             self.eps.see(name, func, args, kwargs, result)
+        return result
+
+    def _higher(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operator that takes functions: what happens inside is not seen."""
+        operands = [_Operand("", tensor, self._find(tensor)) for tensor in tensors_in((args, kwargs))]
+        self._consume(operands, Use.OPAQUE, func.name())
+        result = func(*args, **kwargs)
+        for tensor in _tensors(result):
+            self._write(tensor, True, {}, False)
         return result
 
     def _operands(self, func: Any, args: Any, kwargs: Any) -> Iterator[_Operand]:
