@@ -256,7 +256,12 @@ def test_the_state_of_a_handle() -> None:
     saved = pickle.loads(pickle.dumps([twin.state_dict(), optimizer.state_dict(), handle.state_dict()]))
     handle.remove()
     peaks = dict.fromkeys(("0.weight", "3.weight", "5.weight"), 0.2)
-    assert saved[2] == {"weight_decay": pytest.approx(0.3), "mode": "independent", "lr_peaks": (peaks,), "finished_steps": ()}
+    assert saved[2] == {
+        "weight_decay": pytest.approx(0.3),
+        "mode": "independent",
+        "lr_peaks": (peaks,),
+        "finished_steps": (),
+    }
     resumed = perceptron(seed=9)
     optimizer, handle = parts(resumed)
     resumed.load_state_dict(saved[0])
