@@ -376,6 +376,7 @@ def test_the_sensitivity_is_of_the_order_of_one(columns: int) -> None:
     assert 0.5 < sum(squares) / len(squares) < 2
 
 
+@pytest.mark.filterwarnings("ignore:.*cpu.amp.autocast:FutureWarning")  # checkpoints of torch 2.4 use it
 def test_reentrant_checkpoints() -> None:
     """They know `backward` alone, and are told all the same."""
 

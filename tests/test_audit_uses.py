@@ -220,6 +220,7 @@ CASES: dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, str]]] = {
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.filterwarnings("ignore:.*cpu.amp.autocast:FutureWarning")  # checkpoints of torch 2.4 use it
 @pytest.mark.parametrize("case", CASES)
 def test_each_use_is_recognized(case: str) -> None:
     """The trace tells every way to use a parameter, through views, casts, copies and functions of it."""
@@ -251,7 +252,7 @@ class Straight(torch.autograd.Function):
         return grad, grad.sum(0)
 
 
-@torch.library.custom_op("wdhook_tests::scaled", mutates_args=())
+@torch.library.custom_op("wdhook_tests::scaled", mutates_args=(), schema="(Tensor x, Tensor w) -> Tensor")
 def scaled(x: Tensor, w: Tensor) -> Tensor:
     return x * w
 
