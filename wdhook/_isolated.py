@@ -94,10 +94,10 @@ def isolated(model: nn.Module, copies: Copies) -> Iterator[None]:
         stack.enter_context(_random_state_kept({t.device for t in copies.tensors()}))
         yield
     finally:
-        stack.close()
         for module, attributes in zip(modules, own, strict=True):
             vars(module).clear()
             vars(module).update(attributes)
+        stack.close()
 
 
 def _uncompiled() -> AbstractContextManager[object]:
