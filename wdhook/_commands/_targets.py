@@ -189,8 +189,9 @@ def users_code(what: str) -> Iterator[None]:
 
 
 def _places(error: BaseException) -> Iterator[str]:
-    """Where the user's code was entered, and where the error came from."""
-    skipped = (str(Path(__file__).parent), "<frozen", importlib.__file__)
+    """Where the user's code was entered, and where the error came from; not where in torch, if there is a choice."""
+    skipped = (str(Path(__file__).parents[1]), "<frozen", importlib.__file__)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(skipped)]
+    frames = [f for f in frames if not f.filename.startswith(str(Path(torch.__file__).parent))] or frames
     for frame in frames[:1] + frames[1:][-1:]:
         yield f"  at: {frame.filename}:{frame.lineno}, in {frame.name}"
