@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 import wdhook
 
-from .growth import growth
 from .ratios import Result, cases, measure
 from .totals import Total, totals
 
@@ -30,7 +29,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="of torch, in turn (default: 1)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--growth", action="store_true", help="cost against size too")
     parser.add_argument("--json", type=Path, help="write all numbers there")
     options = parser.parse_args()
     runs = 3 if options.quick else options.runs
@@ -48,9 +46,6 @@ def main() -> None:
     numbers = [total for total in totals(options.device, options.quick) if options.only in total.what]
     report["totals"] = [asdict(number) for number in numbers]
     console.print(_totals(numbers))
-    if options.growth:
-        points = tqdm(growth(options.device, options.quick), desc="growth", leave=False)
-        report["growth"] = [asdict(point) for point in points]
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.draw results.json picture.svg`: how the cost grows."""
+"""`python -m benchmarks.draw growth.json picture.svg`: how the cost grows."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ STYLES = {
 
 
 def main() -> None:
-    """Draw the points that `python -m benchmarks --growth --json results.json` has written."""
+    """Draw the points that `python -m benchmarks.growth growth.json` has written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.draw", description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("picture", type=Path)
     options = parser.parse_args()
-    points = json.loads(options.results.read_text())["growth"]
+    points = json.loads(options.results.read_text())
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for axis, along in zip(axes, ("parameters", "elements"), strict=True):
         for variant, (color, line, marker) in STYLES.items():

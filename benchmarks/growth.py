@@ -1,15 +1,31 @@
-"""How the cost grows: with the number of parameters, and with the number of elements."""
+"""`python -m benchmarks.growth results.json`: how the cost grows with the number of parameters and of elements."""
 
 from __future__ import annotations
 
+import argparse
 import gc
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from .ratios import hook_case, pass_case
 from .timing import side_by_side
+
+
+def main() -> None:
+    """Measure on one thread, and write the points."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--quick", action="store_true", help="small sizes, for its working order")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    points = [asdict(point) for point in tqdm(growth(options.device, options.quick), desc="points", leave=False)]
+    options.results.write_text(json.dumps(points, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -33,7 +49,7 @@ def growth(device: torch.device, quick: bool) -> Iterator[Point]:
 
 
 def _points(along: str, size: int, count: int, shape: tuple[int, int], device: torch.device) -> Iterator[Point]:
-    runs = max(5, min(40, 2_000_000 // size))
+    runs = max(5, min(40, 400_000 // count, 200_000_000 // size))
     for make in (hook_case(count, shape), pass_case(count, shape, "coupled"), pass_case(count, shape, "decoupled")):
         work = make(device, False)
         for variant, times in side_by_side(work.variants, runs, device).items():
@@ -42,3 +58,7 @@ def _points(along: str, size: int, count: int, shape: tuple[int, int], device: t
             handle.remove()
         del work
         gc.collect()
+
+
+if __name__ == "__main__":
+    main()

@@ -69,17 +69,19 @@ def measure(case: Case, device: torch.device, quick: bool, runs: int) -> Iterato
         )
 
 
+def _add(param: Tensor) -> None:
+    """The bare hook."""
+    assert param.grad is not None
+    param.grad.add_(param, alpha=λ)
+
+
 def hook_case(count: int, shape: tuple[int, int]) -> Callable[[torch.device, bool], Work]:
     def make(device: torch.device, quick: bool) -> Work:
         size = max(2, count // 20) if quick else count
         bare, ours = Tensors(size, shape, device), Tensors(size, shape, device)
 
-        def add(param: Tensor) -> None:
-            assert param.grad is not None
-            param.grad.add_(param, alpha=λ)
-
         for param in bare.parameters():
-            param.register_post_accumulate_grad_hook(add)
+            param.register_post_accumulate_grad_hook(_add)
         handle = wdhook.attach(ours, λ)
         return Work({"bare hook": _backward(bare), "at backward": _backward(ours)}, [handle], [bare, ours])
 
@@ -131,8 +133,14 @@ def pass_case(count: int, shape: tuple[int, int], mode: str) -> Callable[[torch.
     return make
 
 
-def _training(optimizer: Callable[..., Any], network: str, ways: dict[str, dict[str, Any]]) -> Callable[..., Work]:
-    """Whole training steps: param groups with the optimizer's own decay, and each of `ways` to attach."""
+def _training(
+    optimizer: Callable[..., Any], network: str, ways: dict[str, dict[str, Any]], floors: bool = False
+) -> Callable[..., Work]:
+    """Whole training steps: param groups with the optimizer's own decay, and each of `ways` to attach.
+
+    Args:
+        floors: also without any decay, and with the hook that does nothing but `grad.add_`.
+    """
 
     def make(device: torch.device, quick: bool) -> Work:
         first = NETWORKS[network](device, quick)
@@ -142,6 +150,13 @@ def _training(optimizer: Callable[..., Any], network: str, ways: dict[str, dict[
             models.append(model := copy.deepcopy(first))
             handles.append(wdhook.attach(model, λ, **arguments))
             variants[name] = _step(model, optimizer(model.parameters()))
+        if floors:
+            plain, hooked = copy.deepcopy(first), copy.deepcopy(first)
+            for group in wdhook.param_groups(hooked, λ):
+                for param in group["params"] if group["weight_decay"] else ():
+                    param.register_post_accumulate_grad_hook(_add)
+            variants["no decay"] = _step(plain, optimizer(plain.parameters()))
+            variants["bare hook"] = _step(hooked, optimizer(hooked.parameters()))
         return Work(variants, handles, models)
 
     return make
@@ -231,7 +246,7 @@ def cases() -> Iterator[Case]:
     targets = {"200 small tensors": (1.01, 0.97), "6 transformer layers": (1.00, 1.00), "wide MLP": (0.95, 0.95)}
     for network, (backward, step) in targets.items():
         at_most = {"at backward": backward, "at step": step}
-        yield Case(f"SGD step, {network}", "own decay", _training(_sgd, network, MOMENTS), at_most)
+        yield Case(f"SGD step, {network}", "own decay", _training(_sgd, network, MOMENTS, floors=True), at_most)
     for network in NETWORKS:
         make = _training(_adamw(foreach=True), network, DECOUPLED)
         yield Case(f"AdamW step, {network}", "own decay", make, {"decoupled at step": 1.0})
