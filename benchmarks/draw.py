@@ -12,8 +12,9 @@ import matplotlib.pyplot as plt
 STYLES = {
     "bare hook": ("0.5", "--", "o"),
     "at backward": ("#4477AA", "-", "o"),
-    "one foreach call": ("0.5", ":", "s"),
+    "foreach call, coupled": ("0.5", ":", "s"),
     "coupled at step": ("#EE6677", "-", "s"),
+    "foreach call, decoupled": ("0.5", ":", "^"),
     "decoupled at step": ("#228833", "-", "^"),
 }
 
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     options = parser.parse_args()
     points = json.loads(options.results.read_text())
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.8), sharey=True, layout="constrained")
     for axis, along in zip(axes, ("parameters", "elements"), strict=True):
         for variant, (color, line, marker) in STYLES.items():
             mine = [p for p in points if p["along"] == along and p["variant"] == variant]
@@ -34,7 +35,8 @@ def main() -> None:
         axis.set_xlabel("tensors of 16×16" if along == "parameters" else "elements, in 8 tensors")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("milliseconds")
-    axes[0].legend(frameon=False, fontsize=8, title="backward pass with hooks, or pass at the step", title_fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(options.picture)
 
 

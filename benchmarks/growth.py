@@ -50,10 +50,12 @@ def growth(device: torch.device, quick: bool) -> Iterator[Point]:
 
 def _points(along: str, size: int, count: int, shape: tuple[int, int], device: torch.device) -> Iterator[Point]:
     runs = max(5, min(40, 400_000 // count, 200_000_000 // size))
-    for make in (hook_case(count, shape), pass_case(count, shape, "coupled"), pass_case(count, shape, "decoupled")):
+    passes = {mode: pass_case(count, shape, mode) for mode in ("coupled", "decoupled")}
+    for mode, make in {"hook": hook_case(count, shape), **passes}.items():
         work = make(device, False)
+        names = {"one foreach call": f"foreach call, {mode}"}
         for variant, times in side_by_side(work.variants, runs, device).items():
-            yield Point(along, size, variant, times.lower)
+            yield Point(along, size, names.get(variant, variant), times.lower)
         for handle in work.handles:
             handle.remove()
         del work
