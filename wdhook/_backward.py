@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from functools import wraps
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import ref
@@ -37,17 +36,12 @@ def never_compiled(function: _F) -> _F:
         skip = dynamo._FrameAction.SKIP
         dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))  # and all it calls
     except AttributeError:  # before torch 2.7
-        return cast(_F, wraps(function)(lambda *args, **kwargs: _aside(function, *args, **kwargs)))
+        return cast(_F, _disable_dynamo(function))
     vars(function)["_torchdynamo_disable"] = True
     vars(function)["_torchdynamo_disable_msg"] = (
         'wdhook decays in hooks, which run in Python; at="step" has none in the backward'
     )
     return function
-
-
-@_disable_dynamo
-def _aside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
 
 
 def register_first(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
