@@ -222,6 +222,9 @@ def test_a_state_without_steps_is_refused() -> None:
     with wdhook.attach(perceptron(), 0.1) as handle:
         handle.load_state_dict({**followed, "weight_decay": 0.2})
         assert handle.weight_decay == 0.2
+        del followed["finished_steps"]  # as states of before there were schedules
+        handle.load_state_dict({**followed, "weight_decay": 0.3})
+        assert handle.weight_decay == 0.3
 
 
 def test_what_a_schedule_returns_is_checked() -> None:

@@ -136,6 +136,7 @@ class WeightDecay:
             ArgumentError: it is not a state of a handle, or one of another mode, or (for a handle with a schedule)
                 of one that had none.
         """
+        state = {"finished_steps": (), **state}  # states of before there were schedules have none
         missing = {"weight_decay", "mode", *NO_PROGRESS} - set(state)
         if missing:
             raise ArgumentError(f"`state` is not the state of a handle.\n  missing: {', '.join(sorted(missing))}")
