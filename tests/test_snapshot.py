@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from twins import LR, assert_bit_equal, batches, convnet, loss_of, perceptron, train, twins, weights, zero, λ
+from twins import LR, NoReading, assert_bit_equal, batches, convnet, loss_of, perceptron, train, twins, weights, zero, λ
 
 import wdhook
 
@@ -143,16 +142,6 @@ def test_without_gradients() -> None:
     assert set(snapshot.scalars("x")) == {"x/weight_decay", *(f"x/norm/{r}" for r in ("weight", "bias", "norm")),
                                           "x/share/bias", "x/share/norm"}  # fmt: skip
     json.dumps(snapshot.to_dict())
-
-
-class NoReading(TorchDispatchMode):
-    """Fails where a value on the device is asked for."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, unless it is what `item` and `tolist` do, or a copy to the host."""
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
-            raise AssertionError("a value was read")
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from twins import LR, assert_bit_equal, twins, λ
+from twins import LR, NoReading, assert_bit_equal, batches, loss_of, perceptron, train, twins, λ
 
 import wdhook
 from wdhook import _arithmetic as arithmetic
@@ -207,3 +207,17 @@ def test_meta_tensors() -> None:
     with wdhook.attach(model, λ):
         model(torch.ones(1, 3, device="meta")).sum().backward()
         SGD(model.parameters(), lr=LR).step()
+
+
+@pytest.mark.parametrize("at", ["backward", "step"])
+@pytest.mark.parametrize("mode", ["coupled", "decoupled", "independent"])
+def test_a_step_reads_nothing_from_the_device(mode: str, at: str) -> None:
+    """Once what can only be seen in the first steps is checked, neither backward nor step waits for a value."""
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=LR, momentum=0.9)
+    with wdhook.attach(model, wdhook.schedules.linear(0.0, 0.1, 9), mode=mode, at=at, optimizer=optimizer):
+        train(model, optimizer, batches(model, 4))
+        with NoReading():
+            train(model, optimizer, batches(model, 3))
+    with pytest.raises(AssertionError, match="a value was read"), NoReading():
+        loss_of(model, batches(model, 1)[0]).item()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 λ = 0.05
 LR = 0.1
@@ -30,6 +31,16 @@ def assert_close(one: Mapping[str, Tensor], other: Mapping[str, Tensor], bound: 
         worst = (tensor - other[name]).abs().max().item()
         if not worst <= bound:
             raise AssertionError(f"{name} differs by {worst:g} > {bound:g}")
+
+
+class NoReading(TorchDispatchMode):
+    """Fails where a value on the device is asked for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, unless it is what `item` and `tolist` do, or a copy to the host."""
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            raise AssertionError("a value was read")
+        return func(*args, **(kwargs or {}))
 
 
 def calls(function: Callable[[], object]) -> int:
