@@ -131,6 +131,7 @@ class Config:
     scale: float | None  # of a GradScaler; 0 for a disabled one
     foreach: bool | None
     frozen: str  # the part that is frozen when `attach` is called
+    scheduled: bool  # λ is a function of the step
 
     def build(self) -> Net:
         with torch.random.fork_rng():
@@ -150,7 +151,13 @@ def sensible(config: Config) -> Config:
     lr = None if config.mode == "coupled" else config.lr
     given = config.given or config.mode == "independent" or (in_backward and lr in (None, "half"))
     given = given or (config.mode == "coupled" and any("maximize" in kind for kind in optimizers))
-    return replace(config, shared=shared, optimizers=optimizers, lr=lr, given=given)
+    scheduled = config.scheduled and not shared  # else a parameter would have two numbers of steps
+    return replace(config, shared=shared, optimizers=optimizers, lr=lr, given=given, scheduled=scheduled)
+
+
+def scheduled(λ: float, step: int) -> float:
+    """A schedule that comes back to 0."""
+    return λ * (1.0, 0.5, 0.0, 2.0, 1.5)[step % 5]
 
 
 PARTS = st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=2).map(tuple)
@@ -173,4 +180,5 @@ CONFIGS = st.builds(
     scale=st.sampled_from([None, None, None, 1024.0, 1024.0, 0.0]),
     foreach=st.sampled_from([None, True, False]),
     frozen=st.sampled_from(["", "", "one", "two"]),
+    scheduled=st.sampled_from([False, False, True]),
 ).map(sensible)

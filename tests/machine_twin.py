@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from machine_draws import DECAY_THEMSELVES, OPTIMIZERS, Config, Net
+from machine_draws import DECAY_THEMSELVES, OPTIMIZERS, Config, Net, scheduled
 from machine_world import World
 from torch import Tensor
 
@@ -54,6 +54,7 @@ class Twin(World):
         self.λ = list(self.config.λ)
         self.paused = [False] * len(self.λ)
         self.peaks: list[dict[tuple[int, int], float]] = [{} for _ in self.λ]
+        self.finished = [[0] * len(self.optimizers) for _ in self.λ]  # steps of each optimizer since then
         self.warnings: set[tuple[str, int]] = set()  # that were promised: which, of which handle
 
     def handle(self, name: str) -> int | None:
@@ -72,7 +73,14 @@ class Twin(World):
         own = self.own.get(name, True)
         if not self.eligible(name):
             return 0.0
-        return self.λ[self.handle(name)] if own is True else own
+        if own is not True:
+            return own
+        handle = self.handle(name)
+        return (
+            scheduled(self.λ[handle], self.finished[handle][self.owner(name)])
+            if self.config.scheduled
+            else self.λ[handle]
+        )
 
     def awake(self, name: str) -> bool:
         handle = self.handle(name)
@@ -202,6 +210,8 @@ class Twin(World):
                 params[name].grad.add_(
                     old[name], alpha=-self.rate(name) if arguments.get("maximize") else self.rate(name)
                 )
+        for finished in self.finished:
+            finished[index] += 1
         grads = self.grads()
         for name in self.places[index]:
             account = self.accounts[name]

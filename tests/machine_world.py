@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
-from machine_draws import OPTIMIZERS, Config, Net, PlannedError, Tied, stop
+from machine_draws import OPTIMIZERS, Config, Net, PlannedError, Tied, scheduled, stop
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -180,7 +181,8 @@ class Subject(World):
         self.handles = []
         for λ, (prefix, root) in zip(config.λ, roots, strict=True):
             own = {n[len(prefix) :]: value for n, value in self.own.items() if n.startswith(prefix)}
-            self.handles.append(wdhook.attach(root, λ, overrides=own or None, **arguments))
+            given = partial(scheduled, λ) if config.scheduled else λ
+            self.handles.append(wdhook.attach(root, given, overrides=own or None, **arguments))
 
     def hooked(self) -> set[str]:
         return {n for n, p in self.params().items() if p._post_accumulate_grad_hooks}

@@ -246,6 +246,7 @@ class Machine(RuleBasedStateMachine):
 
     # ---------------------------------------------------------------- the handle
 
+    @precondition(lambda self: not self.config.scheduled)
     @rule(which=FIRST_OR_LAST, λ=st.sampled_from([0.0, 0.1, 0.3]))
     def set_weight_decay(self, which: int, λ: float) -> None:
         self.subject.handles[which].weight_decay = self.twin.λ[which] = λ
@@ -266,9 +267,12 @@ class Machine(RuleBasedStateMachine):
     def checkpoint(self, load: bool) -> None:
         handles, twin = self.subject.handles, self.twin
         if not load:
-            self.saved = [pickle.dumps(h.state_dict()) for h in handles], copy.deepcopy((twin.λ, twin.peaks))
+            self.saved = (
+                [pickle.dumps(h.state_dict()) for h in handles],
+                copy.deepcopy((twin.λ, twin.finished, twin.peaks)),
+            )
         elif self.saved is not None and (self.config.mode == "coupled" or not self.in_window()):
-            states, (twin.λ, peaks) = copy.deepcopy(self.saved)
+            states, (twin.λ, twin.finished, peaks) = copy.deepcopy(self.saved)
             for handle, state, now, then in zip(handles, states, twin.peaks, peaks, strict=True):
                 handle.load_state_dict(pickle.loads(state))
                 now.update(then)
@@ -313,6 +317,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "fresh buffers are not known": (_window.Window, "holds", lambda self, grad: self.decayed),
     "no net": (_step, "decay", lambda *args, **kwargs: None),
     "scaled too weakly": (_arithmetic, "loss_scale", lambda scaler, device: None),
+    "schedules stand still": (_engine.Engine, "advance", lambda self, optimizer, view: None),
     "silent": (_engine.Engine, "warn_once", lambda self, key, message: None),
 }
 

@@ -143,22 +143,24 @@ class Engine:
         peak = view.peaks[index] = peak_learning_rate(group, view.peaks.get(index), lr)
         return arithmetic.factor(lr, weight_decay, peak)
 
-    def advance(self, view: View) -> None:
+    def advance(self, optimizer: Any, view: View) -> None:
         """A step of an optimizer has ended: its parameters go on to the next λ of a schedule, if there is one."""
-        view.finished += 1
+        if self.settings.schedule is None or getattr(optimizer, "found_inf", None):
+            return  # a fused one that skips the step, under a GradScaler: reading that costs a synchronisation
+        view.owner.finished += 1
         self._follow_schedule(view)
 
     def _follow_schedule(self, view: View) -> None:
         if self.settings.schedule is not None and view.has_entries():
-            self._set_weight_decay(self._progress.weight_decay(view.finished), view.entries())
+            self._set_weight_decay(self._progress.weight_decay(view.owner.finished), view.entries())
 
     def progress(self) -> dict[str, Any]:
         """What a saved handle holds besides λ."""
-        return self._progress.save(list(self._views.values()))
+        return self._progress.save(self._views.values())
 
     def set_progress(self, state: Mapping[str, Any]) -> None:
         """Undo of `progress`, and of the λ that a schedule has given since."""
-        self._progress.load(state, list(self._views.values()))
+        self._progress.load(state, self._views.values())
         if self.settings.schedule is not None:
             for entry in self._entries.values():
                 if entry.follows:
@@ -268,8 +270,7 @@ class Engine:
             return view
         fill(self, view, optimizer)
         self.was_owned |= view.has_entries()
-        if not (view.peaks or view.finished):
-            self._progress.recall(view)
+        self._progress.meet(view)
         self._follow_schedule(view)
         return view
 

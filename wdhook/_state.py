@@ -69,7 +69,6 @@ class View:
         self.buckets: list[list[list[Pair]]] = []  # per group: pairs that one foreach call can take
         self.dtypes: list[torch.dtype] = []  # of the first parameter in each bucket, when the view was made
         self.peaks: dict[int, Number] = {}  # per group: the largest lr so far
-        self.finished = 0  # steps, those of a run that is resumed included
         self.strays: list[Pair] = []  # tracked, and in no group of any optimizer given
         self.turned: str | None = None  # decayed before it was known that the optimizer maximizes
         self.wraps = False  # the optimizer holds another one that owns decayed parameters

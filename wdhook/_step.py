@@ -64,7 +64,7 @@ def end(engine: Engine, optimizer: Optimizer) -> None:
         view.owner.steps += 1
         engine.steps += not engine.running  # a step within a step is not another one
         if id(optimizer) not in engine.running:  # as super().step() is
-            engine.advance(view)
+            engine.advance(optimizer, view)
             for snapshot in list(engine.watchers):
                 snapshot.note_step(view)
         _let_gradients_be_swapped(view)

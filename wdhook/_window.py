@@ -19,10 +19,11 @@ class Owner:
     Closing the windows of all its parameters is one addition, not one write per parameter.
     """
 
-    __slots__ = ("heard", "steps")
+    __slots__ = ("finished", "heard", "steps")
 
-    def __init__(self, heard: bool = True) -> None:
-        self.steps = 0
+    def __init__(self, heard: bool = True, finished: int = 0) -> None:
+        self.steps = 0  # changes at the end of each window
+        self.finished = finished  # those of the whole training, for a schedule of λ
         self.heard = heard  # False for an object whose steps nobody tells us of
 
 
