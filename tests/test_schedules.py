@@ -143,6 +143,42 @@ def test_a_step_within_a_step_is_one() -> None:
         assert handle.weight_decay == bent(3)
 
 
+@pytest.mark.parametrize("at", ["step", "backward"])
+def test_a_new_optimizer_goes_on(at: str) -> None:
+    """Gradual unfreezing makes optimizers anew: λ does not begin again, for parameters that were trained before."""
+    ours, own = twins(perceptron())
+    done = 0
+    with wdhook.attach(ours, bent, at=at) as handle:
+        for part in (5, 3, 0):
+            trained = [(model[part:], model) for model in (ours, own)]
+            steppers = [SGD(trained[0][0].parameters(), lr=LR), SGD(own_groups(trained[1][0]), lr=LR)]
+            for batch in batches(ours, 2):
+                steppers[1].param_groups[0]["weight_decay"] = bent(done)
+                for (_, model), stepper in zip(trained, steppers, strict=True):
+                    zero(model, to_none=True)
+                    loss_of(model, batch).backward()
+                    stepper.step()
+                done += 1
+        assert handle.weight_decay == bent(done) == bent(6)
+    assert_bit_equal(ours.state_dict(), own.state_dict())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("at", ["step", "backward"])
+def test_a_skipped_step_does_not_count(at: str, fused: bool) -> None:
+    """Under a GradScaler an overflow skips the step, on the host or (fused) on the device."""
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=LR, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with wdhook.attach(model, bent, at=at, scaler=scaler if at == "backward" else None) as handle:
+        for factor in (1.0, float("inf"), 1.0):
+            zero(model, to_none=True)
+            scaler.scale(loss_of(model, batches(model, 1)[0]) * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert handle.weight_decay == bent(2)
+
+
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("at", ["step", "backward"])
 def test_goes_on_after_a_resume(at: str, split: bool) -> None:
@@ -200,6 +236,23 @@ def test_loading_goes_back_too() -> None:
         assert not any(w.grad.any() for w in weights(model))  # bent(0) is 0
         optimizer.step()
         assert handle.weight_decay == bent(1)
+
+
+def test_what_came_after_the_checkpoint_follows_its_optimizer() -> None:
+    """A head that the checkpoint does not know has the λ of the optimizer that it is in now."""
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=LR)
+    with wdhook.attach(model, bent) as handle:
+        train(model, optimizer, batches(model, 3))
+        state = handle.state_dict()
+        model.append(head := nn.Linear(2, 2))
+        optimizer.add_param_group({"params": list(head.parameters())})
+        train(model, optimizer, batches(model, 2))
+        handle.load_state_dict(state)
+        zero(model, to_none=True)
+        (sum(p.sum() for p in model.parameters()) * 0).backward()
+        assert torch.equal(head.weight.grad, bent(3) * head.weight)
+        assert torch.equal(model[0].weight.grad, bent(3) * model[0].weight)
 
 
 def test_a_number_cannot_be_set_over_a_schedule() -> None:
