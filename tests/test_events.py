@@ -228,3 +228,32 @@ def test_the_comparison_can_fail() -> None:
     play("bsnbs", twin, torch.optim.SGD(own_groups(twin, 0.0), lr=LR))
     with pytest.raises(AssertionError, match="differs"):
         assert_bit_equal(model.state_dict(), twin.state_dict())
+
+
+def test_what_has_no_hook_tells_nothing() -> None:
+    """Frozen at `attach`, decayed in a step that raised, zeroed in place, unfrozen: it may hold a new gradient."""
+    model = nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in ("one", "two", "three")})
+    one, two, three = (layer.weight for layer in model.values())
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    one.requires_grad_(False)
+
+    def stop(*_: object) -> None:
+        raise ZeroDivisionError
+
+    def backward(*names: str) -> None:
+        for name in names:
+            model[name](torch.ones(2, 3)).sum().backward()
+
+    with wdhook.attach(model, λ):
+        one.grad = torch.ones_like(one)
+        backward("two", "three")
+        with optimizer.register_step_pre_hook(stop), pytest.raises(ZeroDivisionError):
+            optimizer.step()
+        zero(model, to_none=False)
+        one.requires_grad_(True)
+        backward("one", "two", "three")
+        for weight in (two, three):
+            assert torch.equal(weight.grad, 2 + λ * weight)
+        before = one.detach().clone()
+        optimizer.step()
+        assert torch.equal(one.grad, 2 + λ * before)

@@ -263,9 +263,12 @@ def _in_compiled_autograd() -> bool:
 
 
 def _changed(engine: Engine) -> Iterator[tuple[Entry, Tensor]]:
-    """Entries whose marked gradient is still there, and was changed since by something else than a hook's pass."""
+    """Entries whose marked gradient is still there, and was changed since by something else than a hook's pass.
+
+    Without a hook (frozen when it was decayed) nobody knows whether this pass has reached one.
+    """
     for param, entry in engine.pairs():
-        if param.grad is not None and entry.was_touched(param.grad):
+        if param.grad is not None and entry.handle is not None and entry.was_touched(param.grad):
             yield entry, param.grad
 
 

@@ -200,7 +200,7 @@ def _is_done(engine: Engine, grad: Tensor, entry: Entry, evaluated: bool) -> boo
     if engine.settings.mode != "coupled":
         return True
     same = entry.buffer() is grad
-    if engine.settings.at == "step":
+    if engine.settings.at == "step" or entry.handle is None:  # frozen when it was decayed, and no hook has heard since
         # What a step does to its gradients before it calls another one is that optimizer's business; but a
         # closure that ran again, or a step after one that raised, brings new gradients.
         nested = len(engine.running) > 1 and not evaluated
