@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -102,6 +103,15 @@ class Engine:
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, WdhookWarning, stacklevel=3)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No decay inside; may be nested."""
+        self.pauses += 1
+        try:
+            yield
+        finally:
+            self.pauses -= 1
 
     # ---------------------------------------------------------------- λ
 

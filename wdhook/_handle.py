@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -52,14 +52,8 @@ class WeightDecay:
 
         A gradient that was computed inside and is stepped outside is decayed at that step.
         """
-        engine = self._engine
-        if engine is not None:
-            engine.pauses += 1
-        try:
+        with nullcontext() if self._engine is None else self._engine.paused():
             yield
-        finally:
-            if engine is not None:
-                engine.pauses -= 1
 
     @property
     def weight_decay(self) -> float:

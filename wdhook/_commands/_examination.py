@@ -128,7 +128,9 @@ class Examination:
             except WdhookError as error:
                 self._add(raised(error))
                 # The same without the decay: what gets a gradient does not depend on it.
-                with _paused(self.engines):
+                with ExitStack() as stack:
+                    for engine in self.engines:
+                        stack.enter_context(engine.paused())
                     run_step(self.training, self.seen)
         self._look_at_roundings(messages)
 
@@ -268,15 +270,6 @@ def _without_own_decay(optimizers: Iterable[Any]) -> Iterator[None]:
     finally:
         for group, value in zip(groups, before, strict=True):
             group["weight_decay"] = value
-
-
-@contextmanager
-def _paused(engines: Iterable[Engine]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for engine in engines:
-            engine.pauses += 1
-            stack.callback(setattr, engine, "pauses", engine.pauses - 1)
-        yield
 
 
 @contextmanager

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from .._handle import WeightDecay
+from .._isolated import tensors_in
 from .._optimizers import innermost, tells_of_steps
 from ._inputs import parse_inputs
 from ._shared import UsageError
@@ -118,7 +119,7 @@ def projection(model: nn.Module, inputs: Sequence[str]) -> Tensor:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     moved = [a.to(device) if isinstance(a, Tensor) else a for a in args]
     named = {name: a.to(device) if isinstance(a, Tensor) else a for name, a in kwargs.items()}
-    outputs = [t for t in _tensors(model(*moved, **named)) if t.is_floating_point() and t.requires_grad]
+    outputs = [t for t in tensors_in(model(*moved, **named)) if t.is_floating_point() and t.requires_grad]
     if not outputs:
         raise UsageError(
             "The model returns no floating-point tensor that depends on its parameters.\n"
@@ -127,21 +128,6 @@ def projection(model: nn.Module, inputs: Sequence[str]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     products = [(t.float() * torch.randn(t.shape, generator=generator).to(t.device)).mean() for t in outputs]
     return torch.stack(products).sum()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists, mappings and dataclasses."""
-    inside: Iterable[Any] = ()
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        inside = value.values()
-    elif isinstance(value, (tuple, list)):
-        inside = value
-    elif is_dataclass(value):
-        inside = (getattr(value, field.name) for field in fields(value))
-    for part in inside:
-        yield from _tensors(part)
 
 
 @contextmanager
