@@ -24,9 +24,15 @@ from .totals import Total, totals
 def main() -> None:
     """Parse the arguments and run what they ask for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, 3 runs: for its working order")
-    parser.add_argument("--runs", type=int, default=60, help="interleaved runs of each case (default: %(default)s)")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="of torch, in turn (default: 1)")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, 3 runs: for its working order"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=60, help="interleaved runs of each case (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1], help="of torch, in turn (default: 1)"
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", type=Path, help="write all numbers there")
@@ -39,11 +45,17 @@ def main() -> None:
         torch.set_num_threads(threads)
         chosen = [case for case in cases() if options.only in case.what]
         progress = tqdm(chosen, desc=f"{threads} thread(s)", leave=False)
-        results = [r for case in progress for r in measure(case, options.device, options.quick, runs)]
+        results = [
+            r for case in progress for r in measure(case, options.device, options.quick, runs)
+        ]
         report["threads"][threads] = [asdict(result) for result in results]
-        console.print(_ratios(results, f"{threads} thread(s), lower quartile of {runs} interleaved runs"))
+        console.print(
+            _ratios(results, f"{threads} thread(s), lower quartile of {runs} interleaved runs")
+        )
     torch.set_num_threads(1)
-    numbers = [total for total in totals(options.device, options.quick) if options.only in total.what]
+    numbers = [
+        total for total in totals(options.device, options.quick) if options.only in total.what
+    ]
     report["totals"] = [asdict(number) for number in numbers]
     console.print(_totals(numbers))
     if options.json:
@@ -73,7 +85,15 @@ def _ratios(results: list[Result], title: str) -> Table:
     table = Table("what", "way", "against", "ratio", "at most", "µs", "spread", title=title)
     for r in results:
         target = "–" if r.at_most is None else f"{r.at_most:.2f}"
-        row = (r.what, r.variant, r.against, f"{r.ratio:.2f}", target, f"{r.microseconds:,.0f}", f"{r.spread:.0%}")
+        row = (
+            r.what,
+            r.variant,
+            r.against,
+            f"{r.ratio:.2f}",
+            target,
+            f"{r.microseconds:,.0f}",
+            f"{r.spread:.0%}",
+        )
         table.add_row(*row, style=_style(r.ratio, r.at_most))
     return table
 

@@ -25,7 +25,12 @@ def cases() -> Iterator[Case]:
 
     for name, size in (("resnet18", 224), ("vit_tiny_patch16_224", 224), ("efficientnet_b0", 128)):
         yield name, timm.create_model(name), {"x": torch.randn(4, 3, size, size)}
-    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+    sizes = {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 1024,
+    }
     for kind in (transformers.BertConfig, transformers.LlamaConfig):
         model = transformers.AutoModel.from_config(kind(vocab_size=2000, **sizes))
         yield type(model).__name__, model, {"input_ids": torch.randint(0, 2000, (8, 64))}
@@ -52,7 +57,10 @@ def main() -> int:
     print("| model | plain, s | audit, s | times a plain pass |\n|---|---|---|---|")
     for name, model, inputs in cases():
         runs = [
-            (seconds(lambda m=model, i=inputs: plain(m, i)), seconds(lambda m=model, i=inputs: wdhook.audit(m, **i)))
+            (
+                seconds(lambda m=model, i=inputs: plain(m, i)),
+                seconds(lambda m=model, i=inputs: wdhook.audit(m, **i)),
+            )
             for _ in range(3)
         ]
         once, audited = map(min, zip(*runs, strict=True))

@@ -31,7 +31,15 @@ def main() -> None:
         for variant, (color, line, marker) in STYLES.items():
             mine = [p for p in points if p["along"] == along and p["variant"] == variant]
             sizes, times = [p["size"] for p in mine], [1000 * p["seconds"] for p in mine]
-            axis.loglog(sizes, times, color=color, linestyle=line, marker=marker, markersize=4, label=variant)
+            axis.loglog(
+                sizes,
+                times,
+                color=color,
+                linestyle=line,
+                marker=marker,
+                markersize=4,
+                label=variant,
+            )
         axis.set_xlabel("tensors of 16×16" if along == "parameters" else "elements, in 8 tensors")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("milliseconds")

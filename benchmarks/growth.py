@@ -24,7 +24,10 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    points = [asdict(point) for point in tqdm(growth(options.device, options.quick), desc="points", leave=False)]
+    points = [
+        asdict(point)
+        for point in tqdm(growth(options.device, options.quick), desc="points", leave=False)
+    ]
     options.results.write_text(json.dumps(points, indent=1) + "\n")
 
 
@@ -48,7 +51,9 @@ def growth(device: torch.device, quick: bool) -> Iterator[Point]:
         yield from _points("elements", 8 * side * side, 8, (side, side), device)
 
 
-def _points(along: str, size: int, count: int, shape: tuple[int, int], device: torch.device) -> Iterator[Point]:
+def _points(
+    along: str, size: int, count: int, shape: tuple[int, int], device: torch.device
+) -> Iterator[Point]:
     runs = max(5, min(40, 400_000 // count, 200_000_000 // size))
     passes = {mode: pass_case(count, shape, mode) for mode in ("coupled", "decoupled")}
     for mode, make in {"hook": hook_case(count, shape), **passes}.items():

@@ -14,7 +14,9 @@ class Tensors(nn.Module):
     def __init__(self, count: int, shape: tuple[int, int], device: torch.device) -> None:
         super().__init__()
         rows, columns = shape
-        self.layers = nn.ModuleList(nn.Linear(columns, rows, bias=False, device=device) for _ in range(count))
+        self.layers = nn.ModuleList(
+            nn.Linear(columns, rows, bias=False, device=device) for _ in range(count)
+        )
         self.towards = torch.randn(shape, device=device)
 
     def loss(self) -> Tensor:
@@ -37,7 +39,9 @@ class Trained(nn.Module):
 
 def small_tensors(device: torch.device, quick: bool) -> Trained:
     """200 small tensors: 100 linear layers of 16 with biases."""
-    layers = [layer for _ in range(10 if quick else 100) for layer in (nn.Linear(16, 16), nn.Tanh())]
+    layers = [
+        layer for _ in range(10 if quick else 100) for layer in (nn.Linear(16, 16), nn.Tanh())
+    ]
     return Trained(nn.Sequential(*layers), torch.randn(8, 16, device=device))
 
 

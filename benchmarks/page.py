@@ -16,7 +16,9 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("page", type=Path)
     options = parser.parse_args()
-    options.page.write_text(filled(options.page.read_text(), json.loads(options.results.read_text())))
+    options.page.write_text(
+        filled(options.page.read_text(), json.loads(options.results.read_text()))
+    )
 
 
 def filled(page: str, report: Mapping[str, Any]) -> str:
@@ -33,7 +35,10 @@ def filled(page: str, report: Mapping[str, Any]) -> str:
 
 
 def _machine(report: Mapping[str, Any]) -> Iterator[str]:
-    yield " · ".join(f"{key} {value}" for key, value in report["machine"].items()) + f" · {report['runs']} runs"
+    yield (
+        " · ".join(f"{key} {value}" for key, value in report["machine"].items())
+        + f" · {report['runs']} runs"
+    )
 
 
 def _ratios(report: Mapping[str, Any]) -> Iterator[str]:
@@ -43,7 +48,9 @@ def _ratios(report: Mapping[str, Any]) -> Iterator[str]:
     for rows in zip(*report["threads"].values(), strict=True):
         first = rows[0]
         target = "" if first["at_most"] is None else f"{first['at_most']:.2f}"
-        others = [f"{row['ratio']:.2f}" for row in rows[1:]]  # targets are for the first number of threads
+        others = [
+            f"{row['ratio']:.2f}" for row in rows[1:]
+        ]  # targets are for the first number of threads
         ratios = " | ".join([_against(first["ratio"], first["at_most"]), *others])
         yield (
             f"| {first['what']} | {first['variant']} | {first['against']} | {target} | {ratios} "

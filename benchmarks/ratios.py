@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import wdhook
-from wdhook import _listener
+from wdhook._decay import step_listener as _listener
 
 from .models import NETWORKS, Tensors, Trained
 from .timing import Times, Variant, side_by_side
@@ -65,7 +65,13 @@ def measure(case: Case, device: torch.device, quick: bool, runs: int) -> Iterato
     for name in others:
         ratio = times[name].lower / times[reference].lower
         yield Result(
-            case.what, case.against, name, ratio, case.at_most.get(name), times[name].lower * 1e6, times[name].spread
+            case.what,
+            case.against,
+            name,
+            ratio,
+            case.at_most.get(name),
+            times[name].lower * 1e6,
+            times[name].spread,
         )
 
 
@@ -83,7 +89,9 @@ def hook_case(count: int, shape: tuple[int, int]) -> Callable[[torch.device, boo
         for param in bare.parameters():
             param.register_post_accumulate_grad_hook(_add)
         handle = wdhook.attach(ours, λ)
-        return Work({"bare hook": _backward(bare), "at backward": _backward(ours)}, [handle], [bare, ours])
+        return Work(
+            {"bare hook": _backward(bare), "at backward": _backward(ours)}, [handle], [bare, ours]
+        )
 
     return make
 
@@ -101,7 +109,9 @@ def _backward(model: Tensors) -> Variant:
     return Variant(lambda: losses[0].backward(), before)
 
 
-def pass_case(count: int, shape: tuple[int, int], mode: str) -> Callable[[torch.device, bool], Work]:
+def pass_case(
+    count: int, shape: tuple[int, int], mode: str
+) -> Callable[[torch.device, bool], Work]:
     def make(device: torch.device, quick: bool) -> Work:
         model = Tensors(max(2, count // 20) if quick else count, shape, device)
         for param in model.parameters():
@@ -127,14 +137,19 @@ def pass_case(count: int, shape: tuple[int, int], mode: str) -> Callable[[torch.
                 param.grad = param.grad.detach()
 
         return Work(
-            {"one foreach call": Variant(raw, fresh), f"{mode} at step": Variant(ours, fresh)}, [handle], [model]
+            {"one foreach call": Variant(raw, fresh), f"{mode} at step": Variant(ours, fresh)},
+            [handle],
+            [model],
         )
 
     return make
 
 
 def _training(
-    optimizer: Callable[..., Any], network: str, ways: dict[str, dict[str, Any]], floors: bool = False
+    optimizer: Callable[..., Any],
+    network: str,
+    ways: dict[str, dict[str, Any]],
+    floors: bool = False,
 ) -> Callable[..., Work]:
     """Whole training steps: param groups with the optimizer's own decay, and each of `ways` to attach.
 
@@ -162,7 +177,9 @@ def _training(
     return make
 
 
-def _step(model: Trained, optimizer: torch.optim.Optimizer, extra: Callable[[], Tensor] | None = None) -> Variant:
+def _step(
+    model: Trained, optimizer: torch.optim.Optimizer, extra: Callable[[], Tensor] | None = None
+) -> Variant:
     def work() -> None:
         loss = model.loss()
         (loss if extra is None else loss + extra()).backward()
@@ -213,7 +230,9 @@ def _peers(device: torch.device, quick: bool) -> Work:
             "no decay": _step(first, sgd(first.parameters())),
             "param groups (timm)": _step(by_shape, sgd(groups)),
             "the forum's loop over modules": looped(loop, sgd(loop.parameters())),
-            "l2_penalty in the loss": _step(penalty, sgd(penalty.parameters()), lambda: wdhook.l2_penalty(penalty, λ)),
+            "l2_penalty in the loss": _step(
+                penalty, sgd(penalty.parameters()), lambda: wdhook.l2_penalty(penalty, λ)
+            ),
             "wdhook, at backward": _step(attached, sgd(attached.parameters())),
         },
         [handle],
@@ -237,16 +256,34 @@ SMALL, LARGE = (16, 16), (2048, 2048)
 
 def cases() -> Iterator[Case]:
     """Everything that is a ratio of times."""
-    yield Case("hook, 500 tensors of 16×16", "bare hook", hook_case(500, SMALL), {"at backward": 1.25})
+    yield Case(
+        "hook, 500 tensors of 16×16", "bare hook", hook_case(500, SMALL), {"at backward": 1.25}
+    )
     yield Case("hook, 6 tensors of 16 MiB", "bare hook", hook_case(6, LARGE), {"at backward": 1.05})
     for mode in ("coupled", "decoupled"):
         name = f"{mode} at step"
-        yield Case("pass, 300 tensors of 16×16", "one foreach call", pass_case(300, SMALL, mode), {name: 2.0})
-        yield Case("pass, 8 tensors of 16 MiB", "one foreach call", pass_case(8, LARGE, mode), {name: 1.03})
-    targets = {"200 small tensors": (1.01, 0.97), "6 transformer layers": (1.00, 1.00), "wide MLP": (0.95, 0.95)}
+        yield Case(
+            "pass, 300 tensors of 16×16",
+            "one foreach call",
+            pass_case(300, SMALL, mode),
+            {name: 2.0},
+        )
+        yield Case(
+            "pass, 8 tensors of 16 MiB", "one foreach call", pass_case(8, LARGE, mode), {name: 1.03}
+        )
+    targets = {
+        "200 small tensors": (1.01, 0.97),
+        "6 transformer layers": (1.00, 1.00),
+        "wide MLP": (0.95, 0.95),
+    }
     for network, (backward, step) in targets.items():
         at_most = {"at backward": backward, "at step": step}
-        yield Case(f"SGD step, {network}", "own decay", _training(_sgd, network, MOMENTS, floors=True), at_most)
+        yield Case(
+            f"SGD step, {network}",
+            "own decay",
+            _training(_sgd, network, MOMENTS, floors=True),
+            at_most,
+        )
     for network in NETWORKS:
         make = _training(_adamw(foreach=True), network, DECOUPLED)
         yield Case(f"AdamW step, {network}", "own decay", make, {"decoupled at step": 1.0})

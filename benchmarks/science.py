@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 import wdhook
-from wdhook._demo import Data, _accuracy, _load, _model
+from wdhook._commands.digits import Data, _accuracy, _load, _model
 
 BATCH = 64
 
@@ -33,11 +33,16 @@ def main() -> None:
     """Run what is asked for, and write every number that the page quotes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.science", description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="write all numbers there")
-    parser.add_argument("--quick", action="store_true", help="few steps and seeds: for its working order")
+    parser.add_argument(
+        "--quick", action="store_true", help="few steps and seeds: for its working order"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     start = time.perf_counter()
-    report: dict[str, Any] = {"torch": torch.__version__.partition("+")[0], "python": platform.python_version()}
+    report: dict[str, Any] = {
+        "torch": torch.__version__.partition("+")[0],
+        "python": platform.python_version(),
+    }
     report["equilibrium"] = equilibrium(*((40, 1) if options.quick else (1000, 3)))
     report["equivalence"] = equivalence(*((10, 1) if options.quick else (200, 2)))
     report["roles"] = roles(*((2, 2) if options.quick else (12, 12)))
@@ -47,10 +52,14 @@ def main() -> None:
 
 def before_batchnorm(model: nn.Module) -> dict[str, Tensor]:
     """The weights on whose scale the demo's network does not depend: all its convolutions."""
-    return {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    return {
+        f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, nn.Conv2d)
+    }
 
 
-def batches(data: Data, seed: int, steps: int, noise: float = 0.0) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    data: Data, seed: int, steps: int, noise: float = 0.0
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Random batches; a share `noise` of the labels is drawn anew each time, so that gradients do not vanish."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
@@ -82,7 +91,9 @@ def equilibrium(steps: int, most: int) -> list[dict[str, Any]]:
     return [_to_equilibrium(*job, steps) for job in tqdm(jobs, desc="equilibrium", leave=False)]
 
 
-def _to_equilibrium(seed: int, lr: float, λ: float, momentum: float, factor: float, steps: int) -> dict[str, Any]:
+def _to_equilibrium(
+    seed: int, lr: float, λ: float, momentum: float, factor: float, steps: int
+) -> dict[str, Any]:
     data, model = _load(seed), _model(seed)
     weights = before_batchnorm(model)
     with torch.no_grad():
@@ -100,8 +111,14 @@ def _to_equilibrium(seed: int, lr: float, λ: float, momentum: float, factor: fl
             gradients = [w.grad.clone() for w in weights.values() if w.grad is not None]
             optimizer.step()
             norms.append(torch.stack([w.norm() for w in before]))
-            pulls.append(torch.stack([g.norm() ** 2 * w.norm() ** 2 for g, w in zip(gradients, before, strict=True)]))
-            angles.append(torch.stack([_angle(a, b) for a, b in zip(before, weights.values(), strict=True)]))
+            pulls.append(
+                torch.stack(
+                    [g.norm() ** 2 * w.norm() ** 2 for g, w in zip(gradients, before, strict=True)]
+                )
+            )
+            angles.append(
+                torch.stack([_angle(a, b) for a, b in zip(before, weights.values(), strict=True)])
+            )
     tail = slice(steps * 2 // 3, None)
     pull = torch.stack(pulls)[tail].mean(0)
     measured = torch.stack(norms)[tail].square().mean(0).sqrt()
@@ -111,7 +128,9 @@ def _to_equilibrium(seed: int, lr: float, λ: float, momentum: float, factor: fl
             "norm": measured[i].item(),
             "predicted": (lr * pull[i].item() / (2 * λ * (1 - momentum))) ** 0.25 if λ else None,
             "angle": torch.stack(angles)[tail].square().mean(0).sqrt()[i].item(),
-            "norms": [round(n, 4) for n in torch.stack(norms)[::20, i].tolist()] if seed == 0 else None,
+            "norms": [round(n, 4) for n in torch.stack(norms)[::20, i].tolist()]
+            if seed == 0
+            else None,
         }
     return {
         "seed": seed,
@@ -135,9 +154,16 @@ def _angle(a: Tensor, b: Tensor) -> Tensor:
 def equivalence(steps: int, seeds: int) -> dict[str, Any]:
     """Decay at a constant lr against no decay at a growing one, in float64, by the largest difference of logits."""
     lr, λ = 0.1, 0.02
-    report: dict[str, Any] = {"lr": lr, "weight_decay": λ, "steps": steps, "growth": (1 - lr * λ) ** (1 - 2 * steps)}
+    report: dict[str, Any] = {
+        "lr": lr,
+        "weight_decay": λ,
+        "steps": steps,
+        "growth": (1 - lr * λ) ** (1 - 2 * steps),
+    }
     for name, exponent in (("same", 2), ("no_schedule", 0)):
-        gaps, ratios = zip(*(_gap(seed, lr, λ, exponent, steps) for seed in range(seeds)), strict=True)
+        gaps, ratios = zip(
+            *(_gap(seed, lr, λ, exponent, steps) for seed in range(seeds)), strict=True
+        )
         report[name] = {"logits": max(gaps), "weights": mean(ratios)}
     return report
 
@@ -163,7 +189,10 @@ def _gap(seed: int, lr: float, λ: float, exponent: int, steps: int) -> tuple[fl
                 optimizer.step()
     with torch.no_grad():
         one, two = (model.train()(data.test_images) for model in models)
-    sizes = [torch.cat([w.detach().flatten() for w in before_batchnorm(m).values()]).norm().item() for m in models]
+    sizes = [
+        torch.cat([w.detach().flatten() for w in before_batchnorm(m).values()]).norm().item()
+        for m in models
+    ]
     return ((one - two).abs().max() / one.abs().max()).item(), sizes[1] / sizes[0]
 
 
@@ -199,11 +228,22 @@ def roles(epochs: int, seeds: int) -> dict[str, Any]:
         for name, overrides in ARMS.items():
             accuracy[name].append(_train(data, seed, lr, λ, overrides, epochs * 1000 // BATCH))
     base = accuracy["weights"]
-    report = {name: {"accuracy": values, **_against(values, base)} for name, values in accuracy.items()}
-    return {"digits": few, "tested": 797, "lr": lr, "weight_decay": λ, "seeds": seeds, "arms": report}
+    report = {
+        name: {"accuracy": values, **_against(values, base)} for name, values in accuracy.items()
+    }
+    return {
+        "digits": few,
+        "tested": 797,
+        "lr": lr,
+        "weight_decay": λ,
+        "seeds": seeds,
+        "arms": report,
+    }
 
 
-def _train(data: Data, seed: int, lr: float, λ: float, overrides: dict[Any, Any] | None, steps: int) -> float:
+def _train(
+    data: Data, seed: int, lr: float, λ: float, overrides: dict[Any, Any] | None, steps: int
+) -> float:
     model = _model(seed)
     optimizer = SGD(model.parameters(), lr=lr, momentum=0.9)
     schedule = CosineAnnealingLR(optimizer, steps)
@@ -222,7 +262,9 @@ def _against(values: list[float], base: list[float]) -> dict[str, float]:
     return {
         "mean": mean(values),
         "difference": mean(differences),
-        "interval": T_95.get(len(values), math.nan) * stdev(differences) / math.sqrt(len(differences)),
+        "interval": T_95.get(len(values), math.nan)
+        * stdev(differences)
+        / math.sqrt(len(differences)),
     }
 
 

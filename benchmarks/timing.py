@@ -41,7 +41,9 @@ class Times:
         return self.quantile(0.75) / self.lower - 1
 
 
-def side_by_side(variants: Mapping[str, Variant], runs: int, device: torch.device) -> dict[str, Times]:
+def side_by_side(
+    variants: Mapping[str, Variant], runs: int, device: torch.device
+) -> dict[str, Times]:
     """Run all variants `runs` times, in turns, each time beginning with another one."""
     clock = _cuda if device.type == "cuda" else _cpu
     names = list(variants)

@@ -48,13 +48,25 @@ def totals(device: torch.device, quick: bool) -> Iterator[Total]:
     size = 64 if quick else 2048
     for name, how in WAYS.items():
         at_most = None if how is None else 0.0
-        yield Total(f"tensor memory of a step with 4 weights, {name}", _added(device, 4, size, how)[1], "MiB", at_most)
+        yield Total(
+            f"tensor memory of a step with 4 weights, {name}",
+            _added(device, 4, size, how)[1],
+            "MiB",
+            at_most,
+        )
     for name, how in WAYS.items():
-        yield Total(f"operations of a step with 100 weights, {name}", _added(device, 100, 16, how)[0], "", None)
+        yield Total(
+            f"operations of a step with 100 weights, {name}",
+            _added(device, 100, 16, how)[0],
+            "",
+            None,
+        )
     yield Total("import wdhook after import torch", _import(3 if quick else 9), "ms", 15)
     if device.type == "cuda":
         for name, how in (MOMENTS | DECOUPLED).items():
-            yield Total(f"kernel launches for 100 tensors, {name}", _launches(device, how), "", None)
+            yield Total(
+                f"kernel launches for 100 tensors, {name}", _launches(device, how), "", None
+            )
 
 
 def _attach(count: int) -> float:
@@ -95,9 +107,15 @@ def _memories(count: int) -> Iterator[Total]:
     def attach(model: nn.Module) -> Any:
         return wdhook.attach(model, λ)
 
-    weights = [_python_memory(Tensors(count, (1, 1), device), register) for register in (bare, attach)]
-    yield Total("Python memory of a decayed parameter, torch's hook alone", weights[0], "bytes", None)
-    yield Total("Python memory of a decayed parameter, beyond that", weights[1] - weights[0], "bytes", 600)
+    weights = [
+        _python_memory(Tensors(count, (1, 1), device), register) for register in (bare, attach)
+    ]
+    yield Total(
+        "Python memory of a decayed parameter, torch's hook alone", weights[0], "bytes", None
+    )
+    yield Total(
+        "Python memory of a decayed parameter, beyond that", weights[1] - weights[0], "bytes", 600
+    )
 
 
 class _Recorded(TorchDispatchMode):
@@ -111,23 +129,39 @@ class _Recorded(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, and count what is in its result and was not in its arguments."""
         result = func(*args, **(kwargs or {}))
-        known = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
-        made = {tensor.untyped_storage()._cdata: tensor for tensor in tree_leaves(result) if torch.is_tensor(tensor)}
-        self.bytes += sum(tensor.untyped_storage().nbytes() for key, tensor in made.items() if key not in known)
+        known = {
+            tensor.untyped_storage()._cdata
+            for tensor in tree_leaves((args, kwargs))
+            if torch.is_tensor(tensor)
+        }
+        made = {
+            tensor.untyped_storage()._cdata: tensor
+            for tensor in tree_leaves(result)
+            if torch.is_tensor(tensor)
+        }
+        self.bytes += sum(
+            tensor.untyped_storage().nbytes() for key, tensor in made.items() if key not in known
+        )
         self.operations += 1
         return result
 
 
-def _added(device: torch.device, count: int, size: int, how: dict[str, str] | None) -> tuple[int, float]:
+def _added(
+    device: torch.device, count: int, size: int, how: dict[str, str] | None
+) -> tuple[int, float]:
     """Operations and MiB that decay adds to a backward and a step of SGD with `count` weights of `size`²."""
     with_decay, without = (_recorded(device, count, size, how, decay) for decay in (True, False))
     return with_decay.operations - without.operations, (with_decay.bytes - without.bytes) / 2**20
 
 
-def _recorded(device: torch.device, count: int, size: int, how: dict[str, str] | None, decay: bool) -> _Recorded:
+def _recorded(
+    device: torch.device, count: int, size: int, how: dict[str, str] | None, decay: bool
+) -> _Recorded:
     model = Tensors(count, (size, size), device)
     own = λ if how is None and decay else 0.0
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, foreach=True, weight_decay=own)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=LR, momentum=0.9, foreach=True, weight_decay=own
+    )
     handle = wdhook.attach(model, λ, **how) if how is not None and decay else None
     for _ in range(2):  # the momentum is made in the first step
         optimizer.zero_grad()
@@ -142,14 +176,16 @@ def _recorded(device: torch.device, count: int, size: int, how: dict[str, str] |
 
 def _import(runs: int) -> float:
     """Milliseconds, in new processes that find compiled files, as those of an installed package are."""
-    program = (
-        "import time, torch; start = time.perf_counter(); import wdhook; print(1000 * (time.perf_counter() - start))"
-    )
+    program = "import time, torch; start = time.perf_counter(); import wdhook; print(1000 * (time.perf_counter() - start))"
     with tempfile.TemporaryDirectory() as compiled:
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        environment = {
+            key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"
+        }
         environment["PYTHONPYCACHEPREFIX"] = compiled
         command = [sys.executable, "-c", program]
-        outputs = [subprocess.check_output(command, env=environment, text=True) for _ in range(runs)]
+        outputs = [
+            subprocess.check_output(command, env=environment, text=True) for _ in range(runs)
+        ]
     return min(map(float, outputs))
 
 
@@ -166,7 +202,9 @@ def _launches(device: torch.device, how: dict[str, str]) -> float:
             loss.backward()
             optimizer.step()
             torch.cuda.synchronize()
-        counts.append(len([event for event in recorded.events() if event.device_type.name == "CUDA"]))
+        counts.append(
+            len([event for event in recorded.events() if event.device_type.name == "CUDA"])
+        )
         if handle is not None:
             handle.remove()
     return float(counts[1] - counts[0])

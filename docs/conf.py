@@ -16,7 +16,9 @@ release = version = wdhook.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["figures"]
-suppress_warnings = ["myst.header"]  # the page of optimizers is one table after another, made by a test
+suppress_warnings = [
+    "myst.header"
+]  # the page of optimizers is one table after another, made by a test
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3  # the same slugs as on GitHub, where these pages are read too
 
@@ -53,7 +55,9 @@ def setup(app: Sphinx) -> None:
     """Equations as MathML, which browsers draw by themselves: no script, and nothing is fetched."""
 
     def draw(translator: Any, node: nodes.math | nodes.math_block) -> None:
-        translator.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+        translator.body.append(
+            tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block))
+        )
         raise nodes.SkipNode
 
     app.add_html_math_renderer("mathml", (draw, None), (draw, None))

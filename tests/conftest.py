@@ -8,7 +8,7 @@ import pytest
 import torch
 from processes import Group
 
-from wdhook import _listener
+from wdhook._decay import step_listener as _listener
 
 torch.set_num_threads(1)
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import schedules
-from ._attach import adopt, attach
-from ._decisions import Decision, Plan, PlanDiff
-from ._errors import (
+from ._base.errors import (
     AlreadyAttachedError,
     ArgumentError,
     DoubleDecayError,
@@ -28,15 +26,19 @@ from ._errors import (
     WdhookError,
     WdhookWarning,
 )
-from ._handle import WeightDecay
-from ._oneshot import apply_weight_decay, l2_penalty
-from ._plan import param_groups, plan
-from ._roles import Role
-from ._snapshot import Snapshot
+from ._decay.attach import adopt, attach
+from ._decay.functional import apply_weight_decay, l2_penalty
+from ._decay.handle import WeightDecay
+from ._decay.snapshot import Snapshot
+from ._plan.decide import param_groups, plan
+from ._plan.decision import Decision
+from ._plan.plan import Plan, PlanDiff
+from ._roles.classifier import Role
 
 if TYPE_CHECKING:
-    from ._audit import audit
-    from ._findings import Audit, Finding
+    from ._audit.finding import Finding
+    from ._audit.report import Audit
+    from ._audit.run import audit
 
 __version__ = "0.1.0"
 
@@ -77,9 +79,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """What few need is imported when it is asked for: it would be a third of the time of the import."""
     if name in ("audit", "Audit", "Finding"):
-        from . import _audit, _findings
+        from ._audit.finding import Finding
+        from ._audit.report import Audit
+        from ._audit.run import audit
 
-        globals().update(audit=_audit.audit, Audit=_findings.Audit, Finding=_findings.Finding)
+        globals().update(audit=audit, Audit=Audit, Finding=Finding)
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

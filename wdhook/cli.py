@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from . import __version__
+from ._base.errors import WdhookError
 from ._commands import audit, demo, doctor, inspect
-from ._commands._shared import BAD_USAGE, PROGRAM, UsageError
-from ._errors import WdhookError
+from ._commands.shared import BAD_USAGE, PROGRAM, UsageError
 
-_DESCRIPTION = "Weight decay taken out of the optimizer: once per step, on weights and nothing else."
+_DESCRIPTION = (
+    "Weight decay taken out of the optimizer: once per step, on weights and nothing else."
+)
 
 _EXAMPLES = """\
 examples:
@@ -27,7 +29,9 @@ examples:
 """
 
 _COMMANDS = (inspect, audit, doctor, demo)  # in the order of the help; each has `add` and `run`
-_CLOSED_PIPE = 141  # what a shell reports of a program that SIGPIPE ended, as `head` does to its neighbour
+_CLOSED_PIPE = (
+    141  # what a shell reports of a program that SIGPIPE ended, as `head` does to its neighbour
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,8 +21,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from ._errors import ArgumentError
-from ._numbers import check_factor
+from ._base.errors import ArgumentError
+from ._base.validate import check_factor
 
 Schedule = Callable[[int], float]
 """Number of finished optimizer steps (0 for the first) → λ of the next step."""
@@ -94,5 +94,7 @@ class _Cosine(_Course):
 
 def _check_steps(steps: object) -> int:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ArgumentError(f"`steps` must be a whole number of optimizer steps, at least 1.\n  got: {steps!r}")
+        raise ArgumentError(
+            f"`steps` must be a whole number of optimizer steps, at least 1.\n  got: {steps!r}"
+        )
     return steps

@@ -22,7 +22,9 @@ BLUE, ORANGE, GREEN = "#3a8fd0", "#d9720b", "#10a37f"
 
 matplotlib.rcParams.update(
     {
-        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK),
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK
+        ),
         **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), PAPER),
         "grid.color": FAINT,
         "font.size": 9,
@@ -80,11 +82,29 @@ def timeline() -> Figure:
         y = -0.6 - row
         ax.text(-1.25, y, label, va="center", family="monospace", fontsize=7.5)
         # From the decay to the end of the step, whoever reads the gradient (or the parameter) sees it decayed.
-        ax.plot([start, end], [y, y], color=color, linewidth=5, alpha=0.35, solid_capstyle="butt", zorder=1)
+        ax.plot(
+            [start, end],
+            [y, y],
+            color=color,
+            linewidth=5,
+            alpha=0.35,
+            solid_capstyle="butt",
+            zorder=1,
+        )
         for x, words in boxes.items():
-            style = {"boxstyle": "round,pad=0.35", "facecolor": PAPER, "edgecolor": color, "linewidth": 1.6}
+            style = {
+                "boxstyle": "round,pad=0.35",
+                "facecolor": PAPER,
+                "edgecolor": color,
+                "linewidth": 1.6,
+            }
             ax.text(x, y, words, ha="center", va="center", fontsize=7.5, bbox=style, zorder=3)
-    ax.annotate("", (6.5, -3.45), (-0.3, -3.45), arrowprops={"arrowstyle": "->", "color": INK, "linewidth": 1})
+    ax.annotate(
+        "",
+        (6.5, -3.45),
+        (-0.3, -3.45),
+        arrowprops={"arrowstyle": "->", "color": INK, "linewidth": 1},
+    )
     ax.text(3.1, -3.68, "a window: from the end of one step to the end of the next; in it, each p is decayed once",
             ha="center", va="center", fontsize=8)  # fmt: skip
     return figure
@@ -110,7 +130,9 @@ def equilibrium(runs: list[dict[str, Any]]) -> Figure:
         )
     free = next(run for run in first if not run["weight_decay"])["layers"][layer]["norms"]
     left.plot(range(0, 20 * len(free), 20), free, color=ORANGE, linestyle="--", label="no decay")
-    left.axhline(starts[0]["layers"][layer]["predicted"], color=INK, linestyle=":", label="prediction")
+    left.axhline(
+        starts[0]["layers"][layer]["predicted"], color=INK, linestyle=":", label="prediction"
+    )
     left.set(xlabel="step", ylabel=f"‖w‖ of {layer.removesuffix('.weight')}", ylim=(0, None))
     left.legend(frameon=False, fontsize=8)
     groups = [
@@ -120,10 +142,18 @@ def equilibrium(runs: list[dict[str, Any]]) -> Figure:
         ("lr 0.01, λ 0.02, momentum 0.9", (0.01, 0.02, 0.9), INK, "x"),
     ]
     for label, key, color, marker in groups:
-        mine = [r for r in runs if (r["lr"], r["weight_decay"], r["momentum"]) == key and r["factor"] == 1]
-        points = [(layer["predicted"], layer["norm"]) for run in mine for layer in run["layers"].values()]
+        mine = [
+            r
+            for r in runs
+            if (r["lr"], r["weight_decay"], r["momentum"]) == key and r["factor"] == 1
+        ]
+        points = [
+            (layer["predicted"], layer["norm"]) for run in mine for layer in run["layers"].values()
+        ]
         hollow = {} if marker == "x" else {"markerfacecolor": "none"}
-        right.plot(*zip(*points, strict=True), marker, color=color, markersize=4, label=label, **hollow)
+        right.plot(
+            *zip(*points, strict=True), marker, color=color, markersize=4, label=label, **hollow
+        )
     _diagonal(right)
     right.set(xlabel="predicted ‖w‖", ylabel="measured ‖w‖")
     right.legend(frameon=False, fontsize=7.5)
@@ -143,7 +173,13 @@ def roles(report: dict[str, Any]) -> Figure:
     ax = figure.subplots()
     for y, arm in enumerate(reversed(arms.values())):
         ax.errorbar(
-            100 * arm["difference"], y, xerr=100 * arm["interval"], fmt="o", color=BLUE, capsize=3, markersize=4
+            100 * arm["difference"],
+            y,
+            xerr=100 * arm["interval"],
+            fmt="o",
+            color=BLUE,
+            capsize=3,
+            markersize=4,
         )
     ax.set_yticks(range(len(arms)), [f"decay on {name}" for name in reversed(arms)])
     ax.axvline(0, color=INK, linewidth=0.8)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 
-from .._audit import audit
-from .._audit_table import advice, audit_rows, headlines
-from ._inputs import parse_inputs
-from ._plans import print_table
-from ._shared import FOUND, Commands, add_command
-from ._targets import TARGETS, build_model, users_code
+from .._audit.report import advice, audit_rows, headlines
+from .._audit.run import audit
+from .inputs import parse_inputs
+from .plans import print_table
+from .shared import FOUND, Commands, add_command
+from .targets import TARGETS, build_model, users_code
 
 _DESCRIPTION = f"""\
 Run a model once on example inputs and once backward, and print what it does with each parameter: which
@@ -45,12 +45,25 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         examples=_EXAMPLES,
     )
     parser.add_argument("target", metavar="TARGET", help="what to build; see above")
-    parser.add_argument("--kwargs", metavar="NAME=VALUE,...", help="arguments of what builds the model; literals")
-    parser.add_argument("--input", action="append", default=[], metavar="EXPR", help="an input; may be given again")
+    parser.add_argument(
+        "--kwargs", metavar="NAME=VALUE,...", help="arguments of what builds the model; literals"
+    )
+    parser.add_argument(
+        "--input", action="append", default=[], metavar="EXPR", help="an input; may be given again"
+    )
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--train", dest="training", action="store_true", default=None, help="in training mode")
-    mode.add_argument("--eval", dest="training", action="store_false", help="in evaluation mode (default: as it is)")
-    parser.add_argument("--json", action="store_true", help="print Audit.to_dict(), with the target and a schema")
+    mode.add_argument(
+        "--train", dest="training", action="store_true", default=None, help="in training mode"
+    )
+    mode.add_argument(
+        "--eval",
+        dest="training",
+        action="store_false",
+        help="in evaluation mode (default: as it is)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print Audit.to_dict(), with the target and a schema"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -67,7 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
     with users_code(arguments.target):
         found = audit(model, *args, **kwargs)
     if arguments.json:
-        print(json.dumps({"schema": "wdhook.audit/1", "target": arguments.target, **found.to_dict()}))
+        print(
+            json.dumps({"schema": "wdhook.audit/1", "target": arguments.target, **found.to_dict()})
+        )
     else:
         rows = audit_rows(found)
         print(*headlines(found), sep="\n", end="\n\n")

@@ -1,10 +1,10 @@
-"""``python -m wdhook demo``: its arguments, and the packages that it needs. The work is in `wdhook._demo`."""
+"""``python -m wdhook demo``: its arguments, and the packages that it needs. The work is in `wdhook._commands.digits`."""
 
 from __future__ import annotations
 
 import argparse
 
-from ._shared import Commands, add_command, png, require
+from .shared import Commands, add_command, png, require
 
 _PACKAGES = ("matplotlib", "rich", "sklearn", "tqdm")
 
@@ -35,10 +35,22 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         description=_DESCRIPTION,
         examples=_EXAMPLES,
     )
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of weights, batches and split (default: 0)")
-    parser.add_argument("--epochs", type=_epochs, default=16, metavar="N", help="of each training (default: 16)")
     parser.add_argument(
-        "--out", type=png, default="demo.png", metavar="PNG", help="where the plot goes (default: demo.png)"
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="of weights, batches and split (default: 0)",
+    )
+    parser.add_argument(
+        "--epochs", type=_epochs, default=16, metavar="N", help="of each training (default: 16)"
+    )
+    parser.add_argument(
+        "--out",
+        type=png,
+        default="demo.png",
+        metavar="PNG",
+        help="where the plot goes (default: demo.png)",
     )
 
 
@@ -49,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: a package of the extra is not installed.
     """
     require("the demo", _PACKAGES)
-    from .._demo import demo
+    from .digits import demo
 
     return demo(arguments.seed, arguments.epochs, arguments.out)
 
@@ -65,5 +77,7 @@ def _epochs(text: str) -> int:
 
 def _integer(text: str, low: int, high: int) -> int:
     if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-        raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from {low} to {high}, got {text!r}"
+        )
     return int(text)

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from textwrap import wrap
 from typing import Any
 
-from .._arguments import MODES, MOMENTS
-from .._attach import attach
-from ._examination import Examination
-from ._findings import SEVERITIES, Finding
-from ._inputs import parse_kwargs
-from ._plans import add_plan_arguments, overrides_of
-from ._shared import FOUND, Commands, add_command
-from ._targets import call, load, users_code
-from ._training import CONTRACT, Training, training_of
+from .._decay.arguments import MODES, MOMENTS
+from .._decay.attach import attach
+from .examination import Examination
+from .findings import SEVERITIES, Finding
+from .inputs import parse_kwargs
+from .plans import add_plan_arguments, overrides_of
+from .shared import FOUND, Commands, add_command
+from .targets import call, load, users_code
+from .training import CONTRACT, Training, training_of
 
 _DESCRIPTION = f"""\
 Run one training step of your model and optimizer, and report what is wrong with its weight decay: double
@@ -53,12 +53,24 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("target", metavar="TARGET", help="my_file.py:make or package.module:make")
     parser.add_argument("--kwargs", metavar="NAME=VALUE,...", help="arguments of make; literals")
-    parser.add_argument("--input", action="append", default=[], metavar="EXPR", help="of the model, without step")
-    parser.add_argument("--json", action="store_true", help="print JSON; docs/command-line.md has its schema")
-    attached = parser.add_argument_group("what is attached, where make() has not attached anything itself")
-    attached.add_argument("--mode", choices=MODES, default="coupled", help="as in wdhook.attach (default: coupled)")
-    attached.add_argument("--at", choices=MOMENTS, default="backward", help="as in wdhook.attach (default: backward)")
-    attached.add_argument("--lr", type=float, metavar="LR", help="where it is not the one of the param group")
+    parser.add_argument(
+        "--input", action="append", default=[], metavar="EXPR", help="of the model, without step"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON; docs/command-line.md has its schema"
+    )
+    attached = parser.add_argument_group(
+        "what is attached, where make() has not attached anything itself"
+    )
+    attached.add_argument(
+        "--mode", choices=MODES, default="coupled", help="as in wdhook.attach (default: coupled)"
+    )
+    attached.add_argument(
+        "--at", choices=MOMENTS, default="backward", help="as in wdhook.attach (default: backward)"
+    )
+    attached.add_argument(
+        "--lr", type=float, metavar="LR", help="where it is not the one of the param group"
+    )
     add_plan_arguments(attached, weight_decay=1e-4)
 
 
@@ -73,7 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
     with users_code(arguments.target):
         made = call(made, arguments.target, parse_kwargs(arguments.kwargs))
     training = training_of(made, arguments.target, arguments.input)
-    examination = Examination(training, lambda: _attach(training, arguments), arguments.mode, arguments.at)
+    examination = Examination(
+        training, lambda: _attach(training, arguments), arguments.mode, arguments.at
+    )
     examination.run()
     if arguments.json:
         print(json.dumps(_as_json(examination, arguments)))
@@ -132,11 +146,15 @@ def _print(examination: Examination) -> None:
 
 
 def _lines(finding: Finding) -> Iterator[str]:
-    yield from wrap(f"{finding.severity}: {finding.what}  [{finding.kind}]", _WIDTH, subsequent_indent="  ")
+    yield from wrap(
+        f"{finding.severity}: {finding.what}  [{finding.kind}]", _WIDTH, subsequent_indent="  "
+    )
     if finding.parameters:
         names, more = finding.parameters[:_SHOWN], len(finding.parameters) - _SHOWN
         rest = f", ... {more} more" if more > 0 else ""
         yield f"  parameters: {len(finding.parameters)}: {', '.join(names)}{rest}"
     for label, value in finding.facts.items():
         yield f"  {label}: {value}"
-    yield from wrap(finding.do, _WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
+    yield from wrap(
+        finding.do, _WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False
+    )

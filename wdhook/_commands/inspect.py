@@ -8,13 +8,14 @@ import sys
 from typing import Any
 
 from .. import plot
-from .._decisions import Decision, Plan
-from .._plan import plan
-from .._recipes import RECIPES
-from .._table import diff_rows, diff_table, headline, plan_rows, totals
-from ._plans import add_plan_arguments, as_dict, diff_as_dict, overrides_of, print_table, sums
-from ._shared import FOUND, PROGRAM, Commands, add_command, png, require
-from ._targets import TARGETS, build_model
+from .._plan.decide import plan
+from .._plan.decision import Decision
+from .._plan.plan import Plan
+from .._plan.recipes import RECIPES
+from .._plan.table import diff_rows, diff_table, headline, plan_rows, totals
+from .plans import add_plan_arguments, as_dict, diff_as_dict, overrides_of, print_table, sums
+from .shared import FOUND, PROGRAM, Commands, add_command, png, require
+from .targets import TARGETS, build_model
 
 _DESCRIPTION = f"""\
 Print which parameters of a model would be decayed, and why. The model is built on the meta device, where
@@ -49,13 +50,26 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         examples=_EXAMPLES,
     )
     parser.add_argument("target", metavar="TARGET", help="what to build; see above")
-    parser.add_argument("--kwargs", metavar="NAME=VALUE,...", help="arguments of what builds the model; literals")
+    parser.add_argument(
+        "--kwargs", metavar="NAME=VALUE,...", help="arguments of what builds the model; literals"
+    )
     add_plan_arguments(parser, weight_decay=1e-4)
-    parser.add_argument("--diff", choices=list(RECIPES), metavar="NAME", help="show what this recipe decides otherwise")
-    parser.add_argument("--only", choices=_ONLY, help="show these parameters; the totals are of all")
+    parser.add_argument(
+        "--diff",
+        choices=list(RECIPES),
+        metavar="NAME",
+        help="show what this recipe decides otherwise",
+    )
+    parser.add_argument(
+        "--only", choices=_ONLY, help="show these parameters; the totals are of all"
+    )
     parser.add_argument("--summary", action="store_true", help="show the totals alone")
-    parser.add_argument("--plot", type=png, metavar="PNG", help="draw the plan too, with wdhook.plot.plan")
-    parser.add_argument("--json", action="store_true", help="print JSON; docs/command-line.md has its schema")
+    parser.add_argument(
+        "--plot", type=png, metavar="PNG", help="draw the plan too, with wdhook.plot.plan"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON; docs/command-line.md has its schema"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -67,8 +81,13 @@ def run(arguments: argparse.Namespace) -> int:
     """
     model, why = build_model(arguments.target, arguments.kwargs, meta=True)
     if why is not None:
-        print(f"{PROGRAM} inspect: built on the CPU, as it cannot be built on the meta device: {why}", file=sys.stderr)
-    made = plan(model, arguments.weight_decay, overrides=overrides_of(arguments), recipe=arguments.recipe)
+        print(
+            f"{PROGRAM} inspect: built on the CPU, as it cannot be built on the meta device: {why}",
+            file=sys.stderr,
+        )
+    made = plan(
+        model, arguments.weight_decay, overrides=overrides_of(arguments), recipe=arguments.recipe
+    )
     if arguments.plot is not None:
         require("--plot", ["matplotlib"])
         plot.plan(made).savefig(arguments.plot)
@@ -76,7 +95,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.diff is not None:
         diff = made.diff(plan(model, arguments.weight_decay, recipe=arguments.diff))
     if arguments.json:
-        print(json.dumps(_as_json(made, arguments, None if diff is None else diff_as_dict(diff, arguments.diff))))
+        print(
+            json.dumps(
+                _as_json(
+                    made, arguments, None if diff is None else diff_as_dict(diff, arguments.diff)
+                )
+            )
+        )
     elif diff is None:
         _print_plan(made, arguments)
     elif arguments.summary or not diff:
@@ -106,7 +131,9 @@ def _print_plan(made: Plan, arguments: argparse.Namespace) -> None:
     print_table(totals(everything), right=range(1, 5))
 
 
-def _as_json(made: Plan, arguments: argparse.Namespace, diff: dict[str, Any] | None) -> dict[str, Any]:
+def _as_json(
+    made: Plan, arguments: argparse.Namespace, diff: dict[str, Any] | None
+) -> dict[str, Any]:
     everything = list(made.values())
     roles = dict.fromkeys(d.role for d in everything)
     found: dict[str, Any] = {

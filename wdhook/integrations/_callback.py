@@ -10,8 +10,8 @@ from .. import ArgumentError, Plan, UnsupportedOptimizerError, WeightDecay, atta
 if TYPE_CHECKING:
     from torch import nn
 
-    from .._optimizers import LearningRate
-    from .._overrides import Overrides
+    from .._decay.optimizers import LearningRate
+    from .._plan.overrides import Overrides
     from ..schedules import Schedule
 
 
@@ -43,13 +43,17 @@ class Attached:
         self.weight_decay = weight_decay
         self.arguments = dict(arguments)
 
-    def attach(self, model: nn.Module, optimizers: Iterable[Any], scaler: Any | None) -> WeightDecay:
+    def attach(
+        self, model: nn.Module, optimizers: Iterable[Any], scaler: Any | None
+    ) -> WeightDecay:
         """Attach to `model`, in place of an earlier run that has not removed its handle."""
         self.remove()
         optimizers = list(optimizers)
         for optimizer in optimizers:
             _refuse_deepspeed(optimizer)
-        self.decay = attach(model, self.weight_decay, optimizer=optimizers, scaler=scaler, **self.arguments)
+        self.decay = attach(
+            model, self.weight_decay, optimizer=optimizers, scaler=scaler, **self.arguments
+        )
         return self.decay
 
     def remove(self) -> None:

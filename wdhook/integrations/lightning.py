@@ -42,11 +42,17 @@ class WeightDecay(Attached, Callback):
     """
 
     def __init__(
-        self, weight_decay: float | Schedule | Plan, *, log: bool = False, **arguments: Unpack[Arguments]
+        self,
+        weight_decay: float | Schedule | Plan,
+        *,
+        log: bool = False,
+        **arguments: Unpack[Arguments],
     ) -> None:
         super().__init__(weight_decay, arguments)
         self._log = log
-        self._state: dict[str, Any] = {}  # of a checkpoint, until `fit` starts; of the last handle, after `fit`
+        self._state: dict[
+            str, Any
+        ] = {}  # of a checkpoint, until `fit` starts; of the last handle, after `fit`
 
     # ---------------------------------------------------------------- life cycle
 
@@ -56,7 +62,9 @@ class WeightDecay(Attached, Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Attach: parameters are final, and optimizers exist."""
-        decay = self.attach(pl_module, trainer.optimizers, getattr(trainer.precision_plugin, "scaler", None))
+        decay = self.attach(
+            pl_module, trainer.optimizers, getattr(trainer.precision_plugin, "scaler", None)
+        )
         if self._state:
             decay.load_state_dict(self._state)
 
@@ -95,7 +103,9 @@ class WeightDecay(Attached, Callback):
         if self._log and self.decay is not None and trainer._logger_connector.should_update_logs:
             values = {"weight_decay": self.decay.weight_decay, **norms(pl_module, self.decay.plan)}
             pl_module.log_dict(
-                {f"wdhook/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False
+                {f"wdhook/{name}": value for name, value in values.items()},
+                on_step=True,
+                on_epoch=False,
             )
 
 

@@ -37,7 +37,9 @@ class WeightDecayCallback(Attached, TrainerCallback, ExportableState):
         ArgumentError: `arguments` has another name. All that `wdhook.attach` raises comes when training begins.
     """
 
-    def __init__(self, weight_decay: float | Schedule | Plan, **arguments: Unpack[Arguments]) -> None:
+    def __init__(
+        self, weight_decay: float | Schedule | Plan, **arguments: Unpack[Arguments]
+    ) -> None:
         given = {"weight_decay": weight_decay, **arguments}
         lost = [name for name, value in given.items() if isinstance(value, str) and value == _LOST]
         if lost:
@@ -72,8 +74,12 @@ class WeightDecayCallback(Attached, TrainerCallback, ExportableState):
         arguments = {"weight_decay": self.weight_decay, **self.arguments}
         return {
             # Read by a Trainer that makes its callbacks anew, with restore_callback_states_from_checkpoint=True.
-            "args": {name: value if _is_plain(value) else _LOST for name, value in arguments.items()},
-            "attributes": {} if self.decay is None else {"resumed": _to_json(self.decay.state_dict())},
+            "args": {
+                name: value if _is_plain(value) else _LOST for name, value in arguments.items()
+            },
+            "attributes": {}
+            if self.decay is None
+            else {"resumed": _to_json(self.decay.state_dict())},
         }
 
 

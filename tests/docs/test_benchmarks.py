@@ -1,0 +1,56 @@
+"""docs/performance.md: its numbers are those that were measured, and variants are measured side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="the benchmarks print tables")
+
+from benchmarks.page import filled
+from benchmarks.ratios import cases
+from benchmarks.timing import Times, Variant, side_by_side
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "performance.md").read_text()
+REPORT = json.loads((ROOT / "docs" / "figures" / "performance.json").read_text())
+
+
+def test_the_page_has_the_numbers_of_the_report() -> None:
+    """Made by `python -m benchmarks.page`; a changed number would be found."""
+    assert filled(PAGE, REPORT) == PAGE
+    changed = json.loads(json.dumps(REPORT))
+    changed["totals"][0]["value"] *= 2
+    assert filled(PAGE, changed) != PAGE
+    with pytest.raises(KeyError, match="prices"):
+        filled("<!-- table: prices -->\n<!-- end -->", REPORT)
+
+
+def test_the_report_has_every_case() -> None:
+    """What is measured today is what was published."""
+    for rows in REPORT["threads"].values():
+        assert list(dict.fromkeys(row["what"] for row in rows)) == list(
+            dict.fromkeys(case.what for case in cases())
+        )
+
+
+def test_variants_take_turns() -> None:
+    """Each run begins with another variant, and what comes before a run is not part of it."""
+    heard: list[str] = []
+
+    def variant(name: str) -> Variant:
+        return Variant(lambda: heard.append(name), lambda: heard.append(f"before {name}"))
+
+    times = side_by_side({"a": variant("a"), "b": variant("b")}, 2, torch.device("cpu"))
+    assert heard[-8:] == ["before a", "a", "before b", "b", "before b", "b", "before a", "a"]
+    assert [len(t.seconds) for t in times.values()] == [2, 2]
+
+
+def test_quartiles() -> None:
+    """The lower quartile, and the distance of the quartiles relative to it."""
+    times = Times(tuple(float(n) for n in (9, 1, 5, 3, 7)))
+    assert times.lower == 3.0
+    assert times.spread == pytest.approx(7 / 3 - 1)

@@ -1,0 +1,114 @@
+"""Python values from the text of a command line: ``num_classes=10``, ``randn(2, 3, 32, 32)``. Parsed, never run."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .shared import UsageError, first_line
+
+
+def parse_kwargs(text: str | None) -> dict[str, Any]:
+    """``"num_classes=10, act='gelu'"`` as a dict.
+
+    Raises:
+        UsageError: it is not that, or a value is not a literal.
+    """
+    try:
+        call = ast.parse(f"f({text or ''})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+            raise ValueError("not of the form name=value, name=value")
+        return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (ValueError, SyntaxError) as error:
+        raise UsageError(
+            f"`--kwargs` must be name=value, with literals for values.\n  got: {text!r}\n"
+            "  For example --kwargs \"num_classes=10, act_layer='gelu'\""
+        ) from error
+
+
+_FACTORIES = (
+    "randn",
+    "rand",
+    "randint",
+    "zeros",
+    "ones",
+    "full",
+    "arange",
+    "linspace",
+    "eye",
+    "tensor",
+)
+
+
+def parse_inputs(texts: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
+    """Positional and keyword inputs of a model, made anew at each call, from the same random numbers.
+
+    Args:
+        texts: each a literal, or a call of a torch factory such as ``randn(2, 3, 32, 32)`` or
+            ``randint(0, 100, (2, 16))``, with ``name=`` before it for a keyword input. It is parsed, not evaluated.
+
+    Raises:
+        UsageError: an input is not that.
+    """
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        for text in texts:
+            name, value = _parse_input(text)
+            if name is None:
+                args.append(value)
+            else:
+                kwargs[name] = value
+    return args, kwargs
+
+
+def _parse_input(text: str) -> tuple[str | None, Any]:
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or len([*call.args, *call.keywords]) != 1:
+            raise ValueError("not one input")
+        if call.args:
+            return None, _value(call.args[0])
+        name = call.keywords[0].arg
+        if name is None:
+            raise ValueError("** is not understood")
+        return name, _value(call.keywords[0].value)
+    except (ValueError, TypeError, SyntaxError, RuntimeError) as error:
+        raise UsageError(
+            f"`--input` must be a literal or a call of a torch factory.\n  got: {text!r}\n  {first_line(error)}\n"
+            f"  factories: {', '.join(_FACTORIES)}\n"
+            "  For example --input 'randn(2, 3, 224, 224)' or --input 'input_ids=randint(0, 100, (2, 16))'"
+        ) from error
+
+
+def _value(node: ast.expr) -> Any:
+    """The value of a literal, of a dtype, or of a call of a factory with such arguments."""
+    if isinstance(node, ast.Call):
+        factory = _name(node.func)
+        if factory not in _FACTORIES:
+            raise ValueError(f"{ast.unparse(node.func)} is none of the factories")
+        if any(keyword.arg is None for keyword in node.keywords):
+            raise ValueError("** is not understood")
+        named = {str(keyword.arg): _value(keyword.value) for keyword in node.keywords}
+        return getattr(torch, factory)(*map(_value, node.args), **named)
+    name = _name(node)
+    if name is not None:
+        if not isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            raise ValueError(f"{ast.unparse(node)} is no dtype of torch")
+        return dtype
+    return ast.literal_eval(node)
+
+
+def _name(node: ast.expr) -> str | None:
+    """``randn`` of ``randn`` and of ``torch.randn``."""
+    if (
+        isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "torch"
+    ):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else None

@@ -1,0 +1,178 @@
+r"""The formulas of decay, one each, on single tensors and on lists.
+
+========== ===================================== ==================================================
+coupled    g ← g + λ·p                           L2: Krogh & Hertz 1991; `torch.optim.SGD`, `Adam`
+decoupled  p ← p·(1 − lr·λ)                      Loshchilov & Hutter 2019; `torch.optim.AdamW`
+independent p ← p·(1 − (lr/lr_peak)·λ)           Loshchilov & Hutter 2019, eq. 12 with η_t = lr/lr_peak
+========== ===================================== ==================================================
+
+Everything happens in place, on the tensors' own device, without a synchronisation and, for dense
+tensors, without memory. The operations are those that `torch.optim` uses, so results agree to the
+last bit. Callers turn grad mode off.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Number = float | Tensor
+"""A Python number, or a 0-dim tensor that stays on its device."""
+
+
+def factor(lr: Number, weight_decay: float, peak: Number | None = None) -> Number:
+    """What decoupled (or, with `peak`, independent) decay multiplies a parameter with."""
+    if peak is None:
+        return 1 - lr * weight_decay
+    if isinstance(peak, Tensor):
+        return 1 - torch.where(peak > 0, lr / peak, 0.0) * weight_decay
+    return 1 - (lr / peak) * weight_decay if peak else 1.0  # a warm-up that starts at 0
+
+
+def unless(found_inf: Tensor, value: Number) -> Tensor:
+    """`value`, or 1 where the step will be skipped because `found_inf` (a 0-dim tensor) is set.
+
+    In double precision, so that a Python number survives the trip through a tensor unchanged.
+    """
+    here = torch.as_tensor(value, dtype=torch.float64, device=found_inf.device)
+    return torch.where(found_inf.reshape(()) > 0, torch.ones_like(here), here)
+
+
+def add_(grad: Tensor, param: Tensor, weight_decay: float, scale: Tensor | None = None) -> None:
+    """Coupled decay of one dense gradient: ``grad += scale·weight_decay·param``.
+
+    Args:
+        grad: any shape.
+        param: of the same shape.
+        weight_decay: λ.
+        scale: the factor (0-dim tensor) that the loss was multiplied with; None stands for 1.
+    """
+    if scale is None:
+        grad.add_(param, alpha=weight_decay)
+    elif is_on_cpu(scale):
+        # Reading a CPU scalar costs no synchronisation, and a power of two times λ is exact: after
+        # un-scaling the gradient equals an unscaled one to the last bit.
+        grad.add_(param, alpha=weight_decay * scale.item())
+    elif is_plain(grad):
+        # One more rounding (of λ·p) than above, the price of leaving the scale on the device.
+        grad.addcmul_(param, scale.to(grad.device, non_blocking=True), value=weight_decay)
+    else:
+        # A DTensor may be a partial sum, to which nothing can be added but in an addition.
+        grad.add_(param * scale.to(grad.device, non_blocking=True), alpha=weight_decay)
+
+
+def is_on_cpu(scale: Tensor) -> bool:
+    """Whether reading the scalar costs no synchronisation."""
+    return scale.is_cpu
+
+
+def add_all_(
+    grads: list[Tensor],
+    params: list[Tensor],
+    weight_decay: float,
+    scale: Tensor | None,
+    foreach: bool,
+) -> None:
+    """Coupled decay of many dense gradients; `foreach` takes one call for all of them."""
+    if foreach and scale is None:
+        torch._foreach_add_(grads, params, alpha=weight_decay)
+    else:
+        for grad, param in zip(grads, params, strict=True):
+            add_(grad, param, weight_decay, scale)
+
+
+def mul_all_(params: list[Tensor], by: Number, foreach: bool) -> None:
+    """Decoupled decay of many dense parameters; `foreach` takes one call for all of them."""
+    if foreach:
+        torch._foreach_mul_(params, by)
+    else:
+        for param in params:
+            param.mul_(by)
+
+
+def loss_scale(scaler: Any | None, device: torch.device) -> Tensor | None:
+    """The factor that a ``GradScaler`` multiplies the loss with: 0-dim, on `device`; None where there is none."""
+    if scaler is None or not scaler.is_enabled():
+        return None
+    scale: Tensor = scaler.scale(torch.ones((), device=device))
+    return scale
+
+
+def scaled(weight_decay: Number, scale: Tensor | None) -> Number:
+    """λ times the factor of the loss, if there is one."""
+    return weight_decay if scale is None else weight_decay * scale
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the foreach kernels know the tensor: neither a subclass (DTensor) nor sparse."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+
+
+def use_foreach(asked: bool | None, params: list[Tensor]) -> bool:
+    """Whether tensors of one kind go through a foreach kernel: as asked, else where it does the same with several."""
+    if asked is not None:
+        return asked and bool(params)
+    return len(params) > 1 and is_plain(params[0]) and not _foreach_rounds(params[0])
+
+
+def _foreach_rounds(param: Tensor) -> bool:
+    """Whether foreach kernels round a Python number to the precision of the tensor first, as those of the CPU do."""
+    return param.is_cpu and param.dtype in (torch.float16, torch.bfloat16)
+
+
+def content(grad: Tensor) -> Tensor | None:
+    """Whether any element of a gradient (of a DTensor: of its local shard) is not zero, as a 0-dim tensor.
+
+    None where there is no element: a shard may be empty.
+    """
+    local: Tensor = grad.to_local() if hasattr(grad, "to_local") else grad
+    values = local._values() if local.is_sparse else local
+    return values.any() if values.numel() else None
+
+
+def add_rows_(grad: Tensor, param: Tensor, weight_decay: Number, seen: Tensor | None) -> Tensor:
+    """Coupled decay of a sparse gradient: only rows of `param` that it names, and not in `seen`.
+
+    Returns:
+        All rows decayed so far (1-D, int64), to be given as `seen` with the next micro-batch.
+    """
+    rows, index, seen = _new_rows(grad, seen)
+    if len(rows):
+        values = _flat(grad, param)[rows] * weight_decay
+        shape = (len(rows), *grad.shape[grad.sparse_dim() :])
+        # The indices come from a valid tensor, so they need no check.
+        grad.add_(
+            torch.sparse_coo_tensor(
+                index, values.reshape(shape), grad.shape, check_invariants=False
+            )
+        )
+    return seen
+
+
+def mul_rows_(grad: Tensor, param: Tensor, by: Number, seen: Tensor | None) -> Tensor:
+    """Decoupled decay where the gradient is sparse; see `add_rows_`."""
+    rows, _, seen = _new_rows(grad, seen)
+    if len(rows):
+        flat = _flat(grad, param)
+        flat[rows] = flat[rows] * by
+    return seen
+
+
+def _flat(grad: Tensor, param: Tensor) -> Tensor:
+    """`param` seen as (rows that a sparse gradient can name, elements of a row)."""
+    dense = grad.shape[grad.sparse_dim() :].numel()
+    return param.detach().view(-1, dense)
+
+
+def _new_rows(grad: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows named by `grad` and not in `seen`; their sparse indices; all rows seen by now."""
+    index = grad.coalesce().indices()
+    rows = torch.zeros_like(index[0])
+    for size, along in zip(grad.shape[: len(index)], index, strict=True):
+        rows = rows * size + along
+    if seen is None:
+        return rows, index, rows
+    new = ~torch.isin(rows, seen)
+    return rows[new], index[:, new], torch.cat((seen, rows[new]))

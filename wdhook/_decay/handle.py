@@ -1,0 +1,172 @@
+"""The handle that `attach` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from types import TracebackType
+from typing import Any
+
+from .._base.errors import ArgumentError, WdhookError
+from .._base.validate import check_factor
+from .._plan.plan import Plan
+from .engine import Engine
+from .resume import NO_PROGRESS
+from .snapshot import By, Snapshot
+
+
+class WeightDecay:
+    """The handle of an attached model: change λ, pause, remove.
+
+    It is also a context manager that removes the decay at its end. The decay goes on without it: a handle
+    that is thrown away removes nothing. A copy or a pickle of a handle is detached.
+    """
+
+    def __init__(self, engine: Engine | None, plan: Plan, mode: str, at: str):
+        self._engine = engine
+        self._plan = plan
+        self.mode = mode
+        self.at = at
+
+    def remove(self) -> None:
+        """Remove every hook, those of the process too; the plan stays readable. May be called again."""
+        if self._engine is not None:
+            self._plan = self._engine.plan
+            self._engine.close()
+            self._engine = None
+
+    def __enter__(self) -> WeightDecay:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No decay in backward passes and steps inside this context.
+
+        A gradient that was computed inside and is stepped outside is decayed at that step.
+        """
+        with nullcontext() if self._engine is None else self._engine.paused():
+            yield
+
+    @property
+    def weight_decay(self) -> float:
+        """λ per optimizer step. Set it to change it; absolute λ of overrides and marks stay.
+
+        Raises:
+            ArgumentError: (setter) not a number, negative or not finite; or the handle follows a schedule.
+        """
+        return self._plan.weight_decay if self._engine is None else self._engine.weight_decay
+
+    @weight_decay.setter
+    def weight_decay(self, value: float) -> None:
+        new = check_factor(value)
+        if self._engine is not None and self._engine.settings.schedule is not None:
+            raise ArgumentError(
+                "`weight_decay` follows the schedule that `attach` was given, which sets it after each step.\n"
+                f"  schedule: {self._engine.settings.schedule!r}\n"
+                "  Put what you want into that function of the step, or attach with a number and set that"
+            )
+        self._set(new)
+
+    def _set(self, new: float) -> None:
+        if self._engine is None:
+            self._plan = self._plan.scaled_to(new)
+        else:
+            self._engine.weight_decay = new
+
+    @property
+    def plan(self) -> Plan:
+        """The decision for each parameter, with the present λ; ``print`` it."""
+        return self._plan if self._engine is None else self._engine.plan
+
+    def snapshot(self, by: By = "role") -> Snapshot:
+        """Norms of parameters and gradients, the angle between them, and the share of the decay, by group.
+
+        Take it between ``backward()`` and ``step()``, un-scaled (``scaler.unscale_``) if the loss is. Nothing waits for
+        the device until the numbers are read, and nothing is computed for a handle of which no snapshot is taken. Of a
+        sharded parameter this rank's part counts. Decoupled and independent: it keeps a copy of the decayed parameters
+        until the step, whose change is what the decay is a share of.
+
+        Args:
+            by: ``"role"``, ``"name"`` for each parameter by itself, or a function that names the group of a `Decision`.
+
+        Raises:
+            ArgumentError: `by` is something else.
+            WdhookError: the handle is removed.
+
+        >>> import torch, wdhook
+        >>> model = torch.nn.Linear(1, 1)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.fill_(2.0)
+        >>> decay = wdhook.attach(model, 0.5)
+        >>> model(torch.ones(1, 1)).sum().backward()  # the loss gives the weight a gradient of 1, the decay another 1
+        >>> snapshot = decay.snapshot()
+        >>> snapshot.to_dict()["groups"]["weight"]
+        {'numel': 1, 'norm': 2.0, 'grad_norm': 1.0, 'cos': 1.0, 'share': 0.5}
+        >>> snapshot.scalars()["wdhook/norm/weight"]
+        2.0
+        >>> decay.remove()
+        """
+        if self._engine is None or self._engine.closed:
+            raise WdhookError("`snapshot` needs a handle that is attached, and this one is removed")
+        return Snapshot(self._engine, by)
+
+    def state_dict(self) -> dict[str, Any]:
+        """λ and what a schedule cannot recompute, as plain numbers (and tensors, where ``lr`` is one)."""
+        progress = NO_PROGRESS if self._engine is None else self._engine.progress()
+        return {"weight_decay": self.weight_decay, "mode": self.mode, **progress}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the λ of `state`; a schedule goes on after the steps that had been finished.
+
+        Raises:
+            ArgumentError: it is not a state of a handle, or one of another mode, or (for a handle with a schedule)
+                of one that had none.
+        """
+        state = {"finished_steps": (), **state}  # states of before there were schedules have none
+        missing = {"weight_decay", "mode", *NO_PROGRESS} - set(state)
+        if missing:
+            raise ArgumentError(
+                f"`state` is not the state of a handle.\n  missing: {', '.join(sorted(missing))}"
+            )
+        if state["mode"] != self.mode:
+            raise ArgumentError(
+                "`state` is of another mode, in which the same λ means something else.\n"
+                f"  state: {state['mode']}\n  handle: {self.mode}"
+            )
+        if (
+            self._engine is not None
+            and self._engine.settings.schedule is not None
+            and not state["finished_steps"]
+        ):
+            raise ArgumentError(
+                "`state` is of a handle without a schedule: it does not say how many steps were finished.\n"
+                f"  weight_decay: {state['weight_decay']!r}, then; now {self._engine.settings.schedule!r}\n"
+                "  Attach with the number, or do not load this state"
+            )
+        self._set(check_factor(state["weight_decay"]))
+        if self._engine is not None:
+            self._engine.set_progress(state)
+
+    def __repr__(self) -> str:
+        plan = self.plan
+        life = (
+            "removed"
+            if self._engine is None or self._engine.closed
+            else f"steps={self._engine.steps}"
+        )
+        return (
+            f"WeightDecay({plan.weight_decay:g}, mode={self.mode!r}, at={self.at!r}, "
+            f"decayed={len(plan.decayed)} of {len(plan)} tensors, {life})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A model may keep its handle as an attribute and still be copied: its copy has no hooks.
+        return WeightDecay, (None, self.plan, self.mode, self.at)

@@ -1,0 +1,12 @@
+"""Pictures of plans, audits and trainings. They need matplotlib (``pip install 'wdhook[demo]'``).
+
+Plans, audits and numbers come in, figures go out. Nothing else in the package imports this room.
+"""
+
+from __future__ import annotations
+
+from .audit import audit
+from .norms import norms
+from .plan import plan
+
+__all__ = ["audit", "norms", "plan"]
