@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import schedules
 from ._base.errors import (
     AlreadyAttachedError,
+    AmbiguousGradientError,
     ArgumentError,
     DoubleDecayError,
     LearningRateError,
@@ -21,7 +22,7 @@ from ._base.errors import (
     NoGradientError,
     NothingToDecayError,
     SelectorError,
-    UnreachedError,
+    UndecayedError,
     UnsupportedOptimizerError,
     WdhookError,
     WdhookWarning,
@@ -44,6 +45,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyAttachedError",
+    "AmbiguousGradientError",
     "ArgumentError",
     "Audit",
     "Decision",
@@ -59,7 +61,7 @@ __all__ = [
     "Role",
     "SelectorError",
     "Snapshot",
-    "UnreachedError",
+    "UndecayedError",
     "UnsupportedOptimizerError",
     "WdhookError",
     "WdhookWarning",

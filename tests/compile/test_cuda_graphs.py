@@ -17,7 +17,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter as without
 from twins import LR, assert_bit_equal, batches, loss_of, own_groups, perceptron, twins, weights, λ
 
 import wdhook
-from wdhook._decay import step as _step
+from wdhook._decay import steps as _step
 
 SGD = torch.optim.SGD
 needs_cuda = pytest.mark.skipif(
@@ -28,7 +28,7 @@ needs_cuda = pytest.mark.skipif(
 @pytest.fixture
 def _on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients that a graph could have written."""
-    monkeypatch.setattr(_step, "_may_be_replayed", lambda grad: True)
+    monkeypatch.setattr(_step, "may_be_replayed", lambda grad: True)
 
 
 @pytest.mark.parametrize("on_cuda", [True, False])
@@ -36,7 +36,7 @@ def test_a_gradient_that_may_have_been_replayed(
     monkeypatch: pytest.MonkeyPatch, on_cuda: bool
 ) -> None:
     """Stepped twice as it is, a gradient holds its decay; where a graph may have refilled it, there is a warning."""
-    monkeypatch.setattr(_step, "_may_be_replayed", lambda grad: on_cuda)
+    monkeypatch.setattr(_step, "may_be_replayed", lambda grad: on_cuda)
     model = perceptron()
     optimizer = SGD(model.parameters(), lr=LR)
     with wdhook.attach(model, λ, at="step"):

@@ -197,9 +197,11 @@ def test_saved_tensors_that_go_elsewhere_accumulated(way: str, to_none: bool) ->
 
 @OLD_CHECKPOINT
 def test_a_layer_shared_by_reentrant_segments_is_loud_where_the_hook_shrinks_it() -> None:
-    """The first segment's backward shrinks what the second one reads: decayed once, and a warning names at="step"."""
+    """The backward of one nested segment shrinks what the next one reads: decayed once, and a warning names at="step"."""
     shared = nn.Linear(4, 4)
     layers = [
+        shared,
+        nn.Tanh(),
         shared,
         nn.Tanh(),
         shared,
@@ -210,7 +212,7 @@ def test_a_layer_shared_by_reentrant_segments_is_loud_where_the_hook_shrinks_it(
     before = shared.weight.detach().clone()
     with wdhook.attach(model, λ, mode="decoupled", optimizer=optimizer):
         x = batches(model, 1)[0].requires_grad_()
-        loss = checkpoint_sequential(layers, 2, x, use_reentrant=True).sum()
+        loss = checkpoint_sequential(layers, 3, x, use_reentrant=True).sum()
         with pytest.warns(wdhook.WdhookWarning, match='second gradient[\\s\\S]*at="step"'):
             loss.backward()
     assert torch.equal(shared.weight, before * (1 - LR * λ))

@@ -235,7 +235,10 @@ def test_a_gradient_that_is_stepped_twice(at: str, clip: bool) -> None:
             one.step()
 
     clipped_first = at == "step"
-    with wdhook.attach(model, λ, at=at):
+    with (
+        wdhook.attach(model, λ, at=at),
+        pytest.warns(wdhook.WdhookWarning, match="stepped again"),
+    ):
         play(model, penalised=False)
     play(twin, penalised=True)
     assert_bit_equal(model.state_dict(), twin.state_dict())

@@ -27,10 +27,8 @@ from machine_twin import Twin
 from machine_world import Subject, World
 
 import wdhook
-from wdhook._decay import engine as _engine
-from wdhook._decay import formulas as _arithmetic
-from wdhook._decay import step as _step
-from wdhook._decay import window as _window
+from wdhook._decay import passes, rate, steps, tensors, window
+from wdhook._decay.rules import base as rules
 
 # A long run: WDHOOK_EXAMPLES=20000 python -m pytest tests/decay/test_machine.py -k mix --hypothesis-seed=1
 EXAMPLES = int(os.environ.get("WDHOOK_EXAMPLES", "0"))
@@ -40,6 +38,8 @@ PHRASES = {
     "second gradient": "got a second gradient before the optimizer stepped",
     "replaced": "A gradient was replaced between its decay",
     "alone": "and no other gradient tells whether it was zeroed",
+    "changed": "was changed in place (clipped, scaled) before another backward",
+    "again": "A gradient was stepped again",
 }
 FIRST_OR_LAST = st.sampled_from([0, -1])
 BATCHES = st.integers(0, 4)
@@ -125,7 +125,10 @@ class Machine(RuleBasedStateMachine):
 
     @rule(batch=BATCHES, reach=REACHES)
     def backward(self, batch: int, reach: str, how: str = "plain") -> None:
-        if self.twin.is_mixed():  # each is judged by its neighbours, who may have fared otherwise
+        accounts = self.twin.accounts.values()
+        # Each is judged by its neighbours, who may have fared otherwise; and to add to a gradient that was put there
+        # is refused by the step, as test_rules shows.
+        if self.twin.is_mixed() or any(account.derived for account in accounts):
             self.zero(None, True)
         self.do(lambda world: world.backward(batch, reach, how))
 
@@ -272,6 +275,8 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: not self.twin.scaler)
     @rule(which=st.integers(0, 30), derived=st.booleans())
     def set_grad(self, which: int, derived: bool) -> None:
+        if self.twin.accounts[self.name(which)].payments > 1:
+            return  # refused by the step, as test_rules shows
         self.do(lambda world: world.set_grad(self.name(which), derived))
 
     @rule(how=st.sampled_from(["replace", "assign", "grow"]), which=st.integers(0, 30))
@@ -355,21 +360,29 @@ def test_any_mix_of_events() -> None:
     run_state_machine_as_test(Machine, settings=PROFILE)
 
 
+def _ends_all_windows(part: steps.Part, nested: bool, again: bool) -> None:
+    part.engine.state.rate.close_windows()
+
+
 FAULTS: dict[str, tuple[Any, str, Any]] = {
-    "windows never close": (_step, "end", lambda engine, optimizer: None),
-    "a step closes the windows of every optimizer": (
-        _step,
-        "end",
-        lambda engine, _: [
-            setattr(v.owner, "steps", v.owner.steps + 1) for v in engine._views.values()
-        ],
+    "windows never close": (steps.Part, "end", lambda part, nested, again: None),
+    "a step closes the windows of every optimizer": (steps.Part, "end", _ends_all_windows),
+    "each micro-batch decays": (
+        window.Window,
+        "when_gradient_comes",
+        lambda self, grad: window.Evidence.FRESH,
     ),
-    "each micro-batch decays": (_window.Window, "holds", lambda self, grad: False),
-    "fresh buffers are not known": (_window.Window, "holds", lambda self, grad: self.decayed),
-    "no net": (_step, "decay", lambda *args, **kwargs: None),
-    "scaled too weakly": (_arithmetic, "loss_scale", lambda scaler, device: None),
-    "schedules stand still": (_engine.Engine, "advance", lambda self, optimizer, view: None),
-    "silent": (_engine.Engine, "warn_once", lambda self, key, message: None),
+    "fresh buffers are not known": (
+        window.Window,
+        "when_gradient_comes",
+        lambda self, grad: window.Evidence.SAME,
+    ),
+    "no net": (steps.Part, "decay", lambda *args, **kwargs: None),
+    "no hooks": (passes.Passes, "pay", lambda self, notes: None),
+    "scaled too weakly": (tensors, "loss_scale", lambda scaler, device: None),
+    "schedules stand still": (rate.Rate, "advance", lambda self, clock: None),
+    "silent": (rules.Rules, "tell", lambda self, id, facts: None),
+    "nothing is marked": (window.Window, "pay", lambda self, grad: None),
 }
 
 

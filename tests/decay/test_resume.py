@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import warnings
@@ -189,7 +190,11 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ten
         run.handle.remove()
     torch.save(half, folder / "half.pt")
     command = [sys.executable, __file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    paths = os.pathsep.join(sys.path)
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr
     return torch.load(folder / "whole.pt", weights_only=True)
 

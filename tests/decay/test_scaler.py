@@ -161,7 +161,7 @@ def test_no_decay_of_a_step_that_overflowed() -> None:
 
 def test_the_scale_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Off the CPU the hook reads no number from the scale: nothing in the backward synchronises."""
-    from wdhook._decay import formulas as _arithmetic
+    from wdhook._decay import tensors as _arithmetic
 
     monkeypatch.setattr(_arithmetic, "is_on_cpu", lambda scale: False)
     model = perceptron()

@@ -108,14 +108,15 @@ def test_the_share_of_an_update(mode: str, at: str) -> None:
 
 
 def test_an_optimizer_that_is_not_known_yet() -> None:
-    """Before the first step of an optimizer that was not given, nobody can say what its step will change."""
+    """What the first step of an optimizer that was not given changes is known when it has stepped."""
     model = perceptron()
     optimizer = AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     with wdhook.attach(model, λ, mode="decoupled", at="step") as handle:
         loss_of(model, batches(model, 1)[0]).backward()
         snapshot = handle.snapshot()
-        optimizer.step()
         assert snapshot.to_dict()["groups"]["weight"]["share"] is None
+        optimizer.step()
+        assert 0 < snapshot.to_dict()["groups"]["weight"]["share"] < 1
         snapshot = handle.snapshot()
         optimizer.step()
         assert 0 < snapshot.to_dict()["groups"]["weight"]["share"] < 1
@@ -177,7 +178,7 @@ def test_nothing_is_read_before_it_is_asked_for(mode: str) -> None:
         loss_of(model, batches(model, 1)[0]).backward()
         with NoReading():
             snapshot = handle.snapshot()
-            for view in handle._engine._views.values():
+            for view in handle._engine.state.optimizers.views():
                 snapshot.note_step(view)
         with pytest.raises(AssertionError, match="a value was read"), NoReading():
             float(snapshot._rows[0][1][0])
@@ -209,13 +210,13 @@ def test_a_snapshot_that_is_thrown_away_keeps_nothing() -> None:
     model = perceptron()
     optimizer = AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     with wdhook.attach(model, λ, mode="decoupled", at="step", optimizer=optimizer) as handle:
+        loss_of(model, batches(model, 1)[0]).backward()
         snapshot = handle.snapshot()
         copy = weakref.ref(snapshot._awaited[0][3])
         assert copy() is not None
         del snapshot
         gc.collect()
         assert copy() is None
-        loss_of(model, batches(model, 1)[0]).backward()
         optimizer.step()
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from twins import LR, NoReading, assert_bit_equal, batches, loss_of, perceptron, train, twins, λ
 
 import wdhook
-from wdhook._decay import formulas as arithmetic
+from wdhook._decay import tensors as arithmetic
+from wdhook._decay.formulas import FORMULAS, Rates
 
 SGD = torch.optim.SGD
 
@@ -194,12 +195,14 @@ def test_one_formula_each() -> None:
     assert g.tolist() == [10.0, -17.0]
     for foreach in (True, False):
         q, h = p.clone(), g.clone()
-        arithmetic.mul_all_([q], arithmetic.factor(0.5, 0.5), foreach)
+        arithmetic.mul_all_([q], FORMULAS["decoupled"].number(Rates(0.5, 0.5)), foreach)
         arithmetic.add_all_([h], [p], 0.5, None, foreach)
         assert (q.tolist(), h.tolist()) == ([1.5, -3.0], [11.0, -19.0])
-    assert arithmetic.factor(0.5, 0.5) == 0.75
-    assert arithmetic.factor(0.5, 0.5, peak=1.0) == 0.75
-    assert arithmetic.factor(0.25, 0.5, peak=0.5) == 0.75
+    assert FORMULAS["coupled"].number(Rates(0.5, sign=-1.0)) == -0.5
+    assert FORMULAS["decoupled"].number(Rates(0.5, 0.5)) == 0.75
+    assert FORMULAS["independent"].number(Rates(0.5, 0.5, peak=1.0)) == 0.75
+    assert FORMULAS["independent"].number(Rates(0.5, 0.25, peak=0.5)) == 0.75
+    assert FORMULAS["independent"].number(Rates(0.5, 0.0, peak=0.0)) == 1.0
     assert arithmetic.unless(torch.tensor(1.0), 0.75).item() == 1.0
     assert arithmetic.unless(torch.tensor(0.0), 1 - 0.1 * 0.05).item() == 1 - 0.1 * 0.05
 

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from twins import LR, assert_close, batches, loss_of, own_groups, weights, λ
 
 import wdhook
-import wdhook._decay.formulas
+import wdhook._decay.tensors
 
 pytestmark = needs_dtensor
 
@@ -226,7 +226,7 @@ def _scale_on_device(how: str) -> None:
     model = sharded(how)
     with (
         wdhook.attach(model, λ, scaler=scaler, overrides=overrides),
-        mock.patch.object(wdhook._decay.formulas, "is_on_cpu", return_value=False),
+        mock.patch.object(wdhook._decay.tensors, "is_on_cpu", return_value=False),
     ):
         play_scaled(model, torch.optim.SGD(model.parameters(), lr=LR), scaler, part)
     # One more rounding of λ·p in float64, 6 times.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from twins import LR, assert_bit_equal, batches, loss_of, own_groups, perceptron, train, twins, λ
 
 import wdhook
+from wdhook._decay import step_listener
 
 SGD = torch.optim.SGD
 
@@ -121,6 +122,6 @@ def test_a_closure_at_moved_weights(mode: str, by: float) -> None:
                 optimizer.step(closure)
         else:
             optimizer.step(closure)
-            assert decay._engine.outside is None  # nothing is held on to
+            assert not step_listener._stack()  # nothing is held on to
     with wdhook.attach(model, λ):
         optimizer.step(closure)

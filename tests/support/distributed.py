@@ -99,7 +99,8 @@ def play_alone(
     """What the ranks compute, in one process without any communication: a copy for each, gradients averaged by hand.
 
     Args:
-        λ: of coupled decay that is added by hand after the first backward pass of each parameter, before averaging.
+        λ: of coupled decay that is added by hand at the end of the first backward pass of each parameter, after
+            averaging where that pass averages.
         compress: what a communication hook does to each rank's part of the average.
     """
     copies = [copy.deepcopy(model) for _ in range(dist.get_world_size())]
@@ -109,11 +110,6 @@ def play_alone(
     def after_backward(first: bool, synced: bool) -> None:
         if first:
             decayed.clear()
-        for weight in (
-            w for m in copies for w in weights(m) if λ and w.grad is not None and w not in decayed
-        ):
-            weight.grad.add_(weight, alpha=λ)
-            decayed.add(weight)
         for twins in zip(*(m.parameters() for m in copies), strict=True) if synced else ():
             if any(p.grad is not None for p in twins):
                 # divided before they are summed, as the reducer of DistributedDataParallel does
@@ -123,6 +119,11 @@ def play_alone(
                 ]
                 for p in twins:
                     p.grad = sum(parts[1:], parts[0]).to(p.dtype, copy=True)
+        for weight in (
+            w for m in copies for w in weights(m) if λ and w.grad is not None and w not in decayed
+        ):
+            weight.grad.add_(weight, alpha=λ)
+            decayed.add(weight)
 
     play(copies, [optimizer(m) for m in copies], range(len(copies)), loop, after_backward)
     for other in copies[1:]:

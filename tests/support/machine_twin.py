@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from machine_draws import DECAY_THEMSELVES, OPTIMIZERS, Config, Net, scheduled
+from machine_draws import DECAY_THEMSELVES, OPTIMIZERS, Config, Net, PlannedError, scheduled
 from machine_world import World
 from torch import Tensor
 
@@ -32,6 +32,7 @@ class Account:
         False  # the decay was zeroed away in place, and no gradient came since: nobody can see that
     )
     changed: bool = False  # somebody changed the gradient in place since it was decayed
+    payments: int = 0  # in this window, into whatever buffers
 
 
 class Twin(World):
@@ -119,6 +120,7 @@ class Twin(World):
             else:
                 param.mul_(1 - self.strength(name, index) * λ)
         account.paid = True
+        account.payments += 1
         account.inside = self.config.mode == "coupled"
 
     def strength(self, name: str, index: int) -> float:
@@ -133,7 +135,7 @@ class Twin(World):
 
     def accumulate(self, loss: Tensor, **how: bool) -> None:
         before = {n: (g, g._version) for n, g in self.grads().items()}
-        super().accumulate(loss, **how)
+        raised = self.went_wrong(loss, **how)
         names = [
             n
             for n, g in self.grads().items()
@@ -141,15 +143,29 @@ class Twin(World):
         ]
         for suspects in self.suspects():
             if suspects & set(names):  # the others tell whether it was zeroed or clipped
+                clipped = sorted(n for n in suspects if not self.accounts[n].lost)
+                if clipped and len(suspects) > 1:
+                    self.warn("changed", clipped[0])
                 for name in suspects:
                     account = self.accounts[name]
+                    if account.lost:
+                        account.payments = 0
                     account.changed = False
                     account.paid, account.lost = account.paid and not account.lost, False
                 if len(suspects) == 1:
                     self.warn("alone", *suspects)
-                    self.accounts[suspects.pop()].inside = False
+                    alone = self.accounts[suspects.pop()]
+                    alone.inside, alone.payments = False, 0
         for name in names:
-            self.receive(name)
+            self.receive(name, raised)
+
+    def went_wrong(self, loss: Tensor, **how: bool) -> bool:
+        """The backward pass, and whether it raised: then its hooks have noted for nothing."""
+        try:
+            loss.backward(**how)
+        except PlannedError:
+            return True
+        return False
 
     def suspects(self) -> list[set[str]]:
         """For each handle: decayed gradients that were changed in place since."""
@@ -162,19 +178,23 @@ class Twin(World):
             len({self.accounts[n].lost for n in suspects}) == 2 for suspects in self.suspects()
         )
 
-    def receive(self, name: str) -> None:
-        """A gradient came from a backward pass."""
+    def receive(self, name: str, raised: bool) -> None:
+        """A gradient came from a backward pass, which pays at its end unless it raised."""
         account = self.accounts[name]
         account.kept = account.lost = False
-        if name not in self.hooked or not self.awake(name):
+        if name not in self.hooked:
             return
         if self.config.mode == "coupled" and not account.inside:
             account.paid = account.derived = False  # the buffer is fresh, or was zeroed
-            self.pay(name, self.owner(name), self.scaler.get_scale() if self.scaler else 1.0)
-        elif self.config.mode != "coupled" and not account.paid:
-            self.pay(name, self.owner(name), 1.0)
-        elif self.config.mode != "coupled" and self.rate(name):
+        second = self.config.mode != "coupled" and account.paid
+        if second:
             self.warn("second gradient", name)
+        if raised or not self.awake(name) or second or account.inside:
+            return
+        if self.config.mode == "coupled":
+            self.pay(name, self.owner(name), self.scaler.get_scale() if self.scaler else 1.0)
+        else:
+            self.pay(name, self.owner(name), 1.0)
 
     def due(self, index: int) -> list[str]:
         """What the optimizer is going to step and was not decayed yet."""
@@ -212,6 +232,10 @@ class Twin(World):
         own = self.config.at == "step" and (self.config.mode, kind) in DECAY_THEMSELVES
         own = own and self.config.lr is None and "fused" not in arguments
         self.warn_of_derived(index)
+        for name in self.read(index):
+            account = self.accounts[name]
+            if account.kept and not account.paid and self.config.mode == "coupled":
+                self.warn("again", name)
         due, params = self.due(index), self.params()
         old = {name: params[name].detach().clone() for name in due}
         for name in due:
@@ -239,12 +263,7 @@ class Twin(World):
             self.accounts[name] = Account(kept=kept, lost=account.lost and name not in due)
 
     def fail(self, index: int) -> None:
-        """What is due is decayed before the step raises, and is not due when it is tried again."""
-        self.warn_of_derived(index)
-        for name in self.due(index):
-            self.pay(name, index, 1.0)
-        for name in self.places[index]:
-            self.accounts[name].changed = self.accounts[name].changed and not self.awake(name)
+        """A step pre-hook raises. Decay comes after the last of them, so nothing has happened."""
 
     def scaled_step(self, index: int, clip: bool) -> None:
         optimizer = self.optimizers[index]
@@ -271,7 +290,7 @@ class Twin(World):
             account = self.accounts[name]
             if index is None or name in self.places[index]:
                 if to_none:
-                    self.accounts[name] = Account(paid=account.paid)
+                    self.accounts[name] = Account(paid=account.paid, payments=account.payments)
                 else:
                     account.lost = account.lost or (account.inside and self.config.at == "backward")
                     account.changed = account.paid and account.lost

@@ -200,4 +200,7 @@ class Subject(World):
             self.handles.append(wdhook.attach(root, given, overrides=own or None, **arguments))
 
     def hooked(self) -> set[str]:
+        """Parameters with a hook that decays; at "step" a few have one that only watches."""
+        if self.config.at == "step":
+            return set()
         return {n for n, p in self.params().items() if p._post_accumulate_grad_hooks}

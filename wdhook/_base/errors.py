@@ -7,9 +7,21 @@ does not know wdhook can handle it.
 
 from __future__ import annotations
 
+from .problem import Problem
+
 
 class WdhookError(Exception):
-    """Base of every error raised by wdhook."""
+    """Base of every error raised by wdhook.
+
+    Attributes:
+        problem: what is wrong, as data; None where the message is all there is.
+        rule: id of the broken rule (docs/limits.md lists them); empty for the check of an argument.
+    """
+
+    def __init__(self, said: str | Problem = "", rule: str = "") -> None:
+        super().__init__(str(said))
+        self.problem = said if isinstance(said, Problem) else None
+        self.rule = rule
 
 
 class ArgumentError(WdhookError, ValueError):
@@ -25,7 +37,7 @@ class NothingToDecayError(ArgumentError):
 
 
 class LearningRateError(ArgumentError):
-    """Decoupled decay needs a learning rate and there is none, or it is not the effective one."""
+    """Decoupled decay needs a learning rate, and the one at hand is missing or not effective."""
 
 
 class AlreadyAttachedError(WdhookError, RuntimeError):
@@ -37,15 +49,19 @@ class DoubleDecayError(WdhookError, RuntimeError):
 
 
 class MasterWeightsError(WdhookError, RuntimeError):
-    """Decoupled decay of a parameter that no stepping optimizer owns."""
+    """The optimizer that steps does not own a decayed parameter that has a gradient."""
 
 
 class LossScaleError(WdhookError, RuntimeError):
-    """A gradient scaler is in use that coupled decay was not told about."""
+    """The loss is scaled in a way that coupled decay does not know."""
 
 
-class UnreachedError(WdhookError, RuntimeError):
-    """A gradient came from other ranks alone, so that this rank's share of the decay is not in it."""
+class UndecayedError(WdhookError, RuntimeError):
+    """A step has ended in which a decayed parameter had a gradient and was not decayed."""
+
+
+class AmbiguousGradientError(WdhookError, RuntimeError):
+    """wdhook cannot tell how often a gradient contains the decay of this step."""
 
 
 class UnsupportedOptimizerError(WdhookError, RuntimeError):
@@ -57,4 +73,14 @@ class NoGradientError(WdhookError, RuntimeError):
 
 
 class WdhookWarning(UserWarning):
-    """Something that is probably not what the user wants, but has a meaning."""
+    """Something that is probably not what the user wants, but has a meaning.
+
+    Attributes:
+        problem: what is wrong, as data; None where the message is all there is.
+        rule: id of the broken rule (docs/limits.md lists them).
+    """
+
+    def __init__(self, said: str | Problem = "", rule: str = "") -> None:
+        super().__init__(str(said))
+        self.problem = said if isinstance(said, Problem) else None
+        self.rule = rule

@@ -2,35 +2,118 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import schedules
 from .._base.errors import ArgumentError, LearningRateError
+from .._base.problem import Problem
 from .._base.validate import check_factor, is_number
 from .._plan.decide import plan
 from .._plan.overrides import Overrides
 from .._plan.plan import Plan
 from ..schedules import Schedule
+from .formulas import FORMULAS, Formula
 from .optimizers import (
     LearningRate,
+    announces_steps,
     check_supports_decoupled,
     innermost,
     learning_rate,
-    tells_of_steps,
 )
 
-MODES = ("coupled", "decoupled", "independent")
-MOMENTS = ("backward", "step")
+Mode = Literal["coupled", "decoupled", "independent"]
+Moment = Literal["backward", "step"]
+MODES: tuple[str, ...] = tuple(FORMULAS)
+MOMENTS: tuple[str, ...] = get_args(Moment)
 Optimizers = Optimizer | Iterable[Optimizer]
 
 
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise if `value` is none of the choices."""
     if value not in choices:
         raise ArgumentError(
             f"`{argument}` must be one of {', '.join(map(repr, choices))}.\n  got: {value!r}"
+        )
+
+
+def formula_of(mode: str | None) -> Formula:
+    """The formula of a mode; None is coupled."""
+    if mode is None:
+        return FORMULAS["coupled"]
+    check_choice("mode", mode, MODES)
+    return FORMULAS[mode]
+
+
+def check_attach(
+    model: object, weight_decay: object, misplaced: tuple[object, ...], at: object, foreach: object
+) -> None:
+    """Raise for arguments of `attach` in the wrong place, and for those that have no meaning by themselves."""
+    check_model("attach", model)
+    if misplaced:
+        raise ArgumentError(
+            Problem(
+                "`attach` takes a model and a λ by position, and everything else by name.",
+                "Write attach(model, weight_decay, optimizer=..., mode=...)",
+                {"third argument": type(misplaced[0]).__name__},
+            )
+        )
+    check_choice("at", at, MOMENTS)
+    if foreach not in (None, True, False):
+        raise ArgumentError(f"`foreach` must be None, True or False.\n  got: {foreach!r}")
+    if inspect.isfunction(weight_decay) and weight_decay.__module__ == schedules.__name__:
+        raise ArgumentError(
+            Problem(
+                "`weight_decay` is a function that makes schedules, and no schedule.",
+                f"Call it: wdhook.schedules.{weight_decay.__name__}(...)",
+                {"got": weight_decay.__name__},
+            )
+        )
+
+
+def check_model(function: str, model: object) -> None:
+    """Raise if `model` is no module."""
+    if isinstance(model, nn.Module):
+        return
+    hint = (
+        f"wdhook.{function}(model, optimizer)"
+        if function == "adopt"
+        else f"wdhook.{function}(model, weight_decay)"
+    )
+    raise ArgumentError(
+        Problem(
+            "`model` must be a torch.nn.Module.",
+            f"The model comes first: {hint}",
+            {"got": type(model).__name__},
+        )
+    )
+
+
+def check_adopt(model: object, optimizer: Any) -> None:
+    """Raise for arguments of `adopt` that are in the wrong place, or that leave nothing to adopt."""
+    check_model("adopt", model)
+    if not hasattr(optimizer, "param_groups"):
+        raise ArgumentError(
+            Problem(
+                "`optimizer` must be one optimizer with param_groups.",
+                "Adopt several one by one, each for the module that it trains",
+                {"got": type(optimizer).__name__},
+            )
+        )
+    groups = optimizer.param_groups
+    if not any(group.get("weight_decay") for group in groups):
+        raise ArgumentError(
+            Problem(
+                "`optimizer` is not configured to decay anything, so there is nothing to adopt.",
+                "Use wdhook.attach(model, weight_decay)",
+                {
+                    "optimizer": f"{type(optimizer).__name__}, weight_decay 0 in {len(groups)} param groups"
+                },
+            )
         )
 
 
@@ -56,73 +139,100 @@ def ready_plan(
 
 
 def optimizers_of(given: Optimizers | None) -> tuple[Any, ...]:
+    """The optimizers given, as a tuple."""
     if given is None:
         return ()
     optimizers = (given,) if hasattr(given, "param_groups") else given
-    if not isinstance(optimizers, Iterable) or not all(
-        hasattr(o, "param_groups") for o in optimizers
-    ):
-        raise ArgumentError(
-            f"`optimizer` must have param_groups, or be a list of such.\n  got: {given!r}"
-        )
-    return tuple(optimizers)
+    if not isinstance(optimizers, Iterable):
+        raise ArgumentError(_no_optimizer(given))
+    several = tuple(optimizers)
+    if not all(hasattr(o, "param_groups") for o in several):
+        raise ArgumentError(_no_optimizer(given))
+    return several
 
 
-def check_lr(mode: str, at: str, optimizers: tuple[Any, ...], lr: LearningRate | None) -> None:
+def _no_optimizer(given: object) -> str:
+    return f"`optimizer` must have param_groups, or be a list of such.\n  got: {given!r}"
+
+
+def check_lr(
+    formula: Formula, at: str, optimizers: tuple[Any, ...], lr: LearningRate | None
+) -> None:
+    """Raise for a learning rate that has no meaning, and where there is none."""
     if is_number(lr):
         check_factor(lr, "lr")
     elif lr is not None and not (callable(lr) or isinstance(lr, Tensor)):
         raise ArgumentError(f"`lr` must be a number or a function of a param group.\n  got: {lr!r}")
-    if mode == "coupled":
+    if not formula.needs_lr:
         if lr is not None:
             raise ArgumentError(
-                f'`lr` has no meaning with mode="coupled": the optimizer applies its own.\n  got: {lr!r}'
+                f'`lr` has no meaning with mode="{formula.name}": the optimizer applies its own.\n'
+                f"  got: {lr!r}"
             )
         return
     for optimizer in optimizers:
         check_supports_decoupled(optimizer)
-        for stepping in innermost(optimizer) if lr is None else ():
-            _check_steps_by_its_groups(stepping)
-            for group in stepping.param_groups:
-                learning_rate(group, None)
-    if (
-        at == "backward"
-        and not optimizers
-        and (lr is None or callable(lr) or mode == "independent")
-    ):
+        if lr is None:
+            _check_groups_have_lr(optimizer)
+    needs_group = lr is None or callable(lr) or formula.needs_peak
+    if at == "backward" and not optimizers and needs_group:
         raise LearningRateError(
-            f'mode={mode!r} with at="backward" needs a learning rate before any optimizer has stepped.\n'
-            f"  optimizer: None\n  lr: {lr!r}\n"
-            '  Use attach(..., optimizer=optimizer), a number as `lr=`, or at="step"'
+            Problem(
+                f'mode={formula.name!r} with at="backward" needs a learning rate before any optimizer has stepped.',
+                'Use attach(..., optimizer=optimizer), a number as `lr=`, or at="step"',
+                {"optimizer": None, "lr": repr(lr)},
+            )
         )
 
 
-def _check_steps_by_its_groups(optimizer: Any) -> None:
-    if isinstance(optimizer, Optimizer) and not tells_of_steps(optimizer):
-        raise LearningRateError(
-            "The optimizer has no step(): it updates inside the backward pass, with a learning rate that it is given "
-            "there, and not that of its param groups (as LOMO does).\n"
-            f"  optimizer: {type(optimizer).__name__}\n"
-            '  Give it with `lr=`, a float or a function of the group, or use mode="coupled"'
+def _check_groups_have_lr(optimizer: Any) -> None:
+    for stepping in innermost(optimizer):
+        if isinstance(stepping, Optimizer) and _has_no_step(stepping):
+            raise LearningRateError(
+                Problem(
+                    "The optimizer has no step(): it updates inside the backward pass, with a learning rate that it "
+                    "is given there, and not that of its param groups (as LOMO does).",
+                    'Give it with `lr=`, a float or a function of the group, or use mode="coupled"',
+                    {"optimizer": type(stepping).__name__},
+                )
+            )
+        for group in stepping.param_groups:
+            learning_rate(group, None)
+
+
+def _has_no_step(optimizer: Optimizer) -> bool:
+    return "step" not in vars(optimizer) and not announces_steps(optimizer)
+
+
+def check_steps_are_announced(
+    at: str, optimizers: tuple[Any, ...], schedule: Schedule | None
+) -> None:
+    """Raise where decay or a schedule waits for the steps of an optimizer that torch does not announce."""
+    for given in optimizers:
+        for optimizer in innermost(given):
+            if not announces_steps(optimizer):
+                _check_unannounced(optimizer, at, schedule)
+
+
+def _check_unannounced(optimizer: Any, at: str, schedule: Schedule | None) -> None:
+    if schedule is not None:
+        raise ArgumentError(
+            Problem(
+                "`weight_decay` is a schedule, which goes on with each step, and torch does not announce the steps of "
+                "this optimizer: it is no torch.optim.Optimizer, has no step(), or its step was replaced.",
+                "Attach with a number, and set handle.weight_decay = schedule(step) yourself",
+                {"optimizer": type(optimizer).__name__},
+            )
         )
-
-
-def check_step_is_heard(at: str, optimizers: tuple[Any, ...], schedule: Schedule | None) -> None:
-    for optimizer in (stepping for given in optimizers for stepping in innermost(given)):
-        if tells_of_steps(optimizer):
-            continue
-        if schedule is not None:
-            raise ArgumentError(
-                "`weight_decay` is a schedule, which goes on with each step, and the steps of this optimizer are not "
-                "heard: it is no torch.optim.Optimizer, or has no step().\n"
-                f"  optimizer: {type(optimizer).__name__}\n"
-                "  Attach with a number, and set handle.weight_decay = schedule(step) yourself"
+    if at == "step":
+        raise ArgumentError(
+            Problem(
+                'at="step" needs the step() of torch.optim.Optimizer and its subclasses, whose hooks announce it; '
+                "this optimizer has none, or another function in its place.",
+                'Use at="backward"',
+                {"optimizer": type(optimizer).__name__},
             )
-        if at == "step":
-            raise ArgumentError(
-                'at="step" hears the step() of torch.optim.Optimizer and its subclasses only.\n'
-                f'  optimizer: {type(optimizer).__name__}\n  Use at="backward"'
-            )
+        )
 
 
 def check_scaler(scaler: object) -> None:

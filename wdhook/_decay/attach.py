@@ -4,40 +4,43 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
 
 from .._base.errors import AlreadyAttachedError, ArgumentError
+from .._base.problem import Problem
 from .._plan.decide import decide, plan, require_eligible
 from .._plan.overrides import Overrides
 from .._plan.plan import Plan
 from ..schedules import Schedule
 from .arguments import (
-    MODES,
-    MOMENTS,
+    Mode,
+    Moment,
     Optimizers,
-    check_choice,
+    check_adopt,
+    check_attach,
     check_lr,
     check_scaler,
-    check_step_is_heard,
+    check_steps_are_announced,
+    formula_of,
     optimizers_of,
     ready_plan,
 )
+from .config import Config
 from .engine import Engine
 from .handle import WeightDecay
-from .optimizers import LearningRate, own_mode
+from .optimizers import LearningRate, decays_itself, own_mode
 from .step_listener import attached, listen
-from .tracked import Settings
 
 
 def attach(
     model: nn.Module,
     weight_decay: float | Schedule | Plan,
-    *,
-    mode: str = "coupled",
-    at: str = "backward",
+    *misplaced: object,
+    mode: Mode | None = None,
+    at: Moment = "backward",
     optimizer: Optimizers | None = None,
     lr: LearningRate | None = None,
     scaler: Any | None = None,
@@ -53,7 +56,9 @@ def attach(
         model: the module whose parameters are decayed.
         weight_decay: λ per optimizer step (not per backward); or a function of the number of finished steps that
             gives it, such as those of `wdhook.schedules`; or a ready `Plan`.
-        mode: ``"coupled"``: g ← g + λ·p, as if ½·λ·‖p‖² were part of the loss (`torch.optim.SGD`).
+        misplaced: takes arguments that were given by position, to answer them with an error.
+        mode: None is ``"coupled"``, with a warning where the optimizer's own decay would be decoupled.
+            ``"coupled"``: g ← g + λ·p, as if ½·λ·‖p‖² were part of the loss (`torch.optim.SGD`).
             ``"decoupled"``: p ← p·(1 − lr·λ) before the update (`torch.optim.AdamW`; Loshchilov & Hutter 2019).
             ``"independent"``: p ← p·(1 − (lr/lr_peak)·λ), so that λ does not change with the base
             learning rate.
@@ -91,42 +96,40 @@ def attach(
     WeightDecay(0.0001, mode='coupled', at='backward', decayed=1 of 2 tensors, steps=0)
     >>> decay.remove()
     """
-    check_choice("mode", mode, MODES)
-    check_choice("at", at, MOMENTS)
-    if foreach not in (None, True, False):
-        raise ArgumentError(f"`foreach` must be None, True or False.\n  got: {foreach!r}")
+    check_attach(model, weight_decay, misplaced, at, foreach)
+    formula = formula_of(mode)
     schedule = weight_decay if callable(weight_decay) else None
-    ready = ready_plan(
-        model, weight_decay(0) if callable(weight_decay) else weight_decay, overrides, recipe
-    )
+    first = weight_decay(0) if callable(weight_decay) else weight_decay
+    ready = ready_plan(model, first, overrides, recipe)
     require_eligible(ready)
     optimizers = optimizers_of(optimizer)
-    check_lr(mode, at, optimizers, lr)
-    check_step_is_heard(at, optimizers, schedule)
+    check_lr(formula, at, optimizers, lr)
+    check_steps_are_announced(at, optimizers, schedule)
     check_scaler(scaler)
-    settings = Settings(
-        mode=mode,
+    config = Config(
+        formula=formula,
         at=at,
         optimizers=tuple(weakref.ref(o) for o in optimizers),
         lr=lr,
         scaler=scaler,
         foreach=foreach,
         schedule=schedule,
+        said_mode=mode is not None,
         replan=partial(decide, overrides=overrides, recipe=recipe, strict=False),
     )
-    engine = Engine(model, ready, settings)
+    engine = Engine(model, ready, config)
     _check_free(engine, ready)
     engine.open()
     listen(engine)
-    return WeightDecay(engine, ready, mode, at)
+    return WeightDecay(engine, ready, formula.name, at)
 
 
 def adopt(
     model: nn.Module,
     optimizer: Optimizer,
     *,
-    mode: str | None = None,
-    at: str = "step",
+    mode: Mode | None = None,
+    at: Moment = "step",
     lr: LearningRate | None = None,
     scaler: Any | None = None,
     overrides: Overrides | None = None,
@@ -161,28 +164,24 @@ def adopt(
     >>> optimizer.param_groups[0]["weight_decay"]
     0.0
     """
+    check_adopt(model, optimizer)
     groups = optimizer.param_groups
-    λs = {
-        id(p): float(group.get("weight_decay") or 0.0) for group in groups for p in group["params"]
-    }
-    if not any(λs.values()):
-        raise ArgumentError(
-            "`optimizer` is not configured to decay anything, so there is nothing to adopt.\n"
-            f"  optimizer: {type(optimizer).__name__}, weight_decay 0 in {len(groups)} param groups\n"
-            "  Use wdhook.attach(model, weight_decay)"
-        )
+    λs = {id(p): float(g.get("weight_decay") or 0.0) for g in groups for p in g["params"]}
+    _check_owns_no_others(model, optimizer)
     if mode is None:
-        mode = own_mode(optimizer)
-    if mode is None:
-        raise ArgumentError(
-            "The formula of the optimizer's own decay is not known, so `mode` cannot be picked.\n"
-            f"  optimizer: {type(optimizer).__name__}\n"
-            '  Give mode="coupled" (L2, as in SGD) or mode="decoupled" (as in AdamW)'
-        )
+        mode = _mode_of(optimizer)
     decided = plan(model, max(λs.values()), overrides=overrides, recipe=recipe)
-    adopted = decided.with_own({n: λs[id(p)] for n, p in model.named_parameters() if id(p) in λs})
+    own = {n: λs[id(p)] for n, p in model.named_parameters() if id(p) in λs}
+    adopted = decided.with_own(own)
     handle = attach(
-        model, adopted, mode=mode, at=at, optimizer=optimizer, lr=lr, scaler=scaler, foreach=foreach
+        model,
+        adopted,
+        mode=mode,
+        at=at,
+        optimizer=optimizer,
+        lr=lr,
+        scaler=scaler,
+        foreach=foreach,
     )
     for settings in (*groups, optimizer.defaults):
         if "weight_decay" in settings:
@@ -190,17 +189,57 @@ def adopt(
     return handle
 
 
+def _mode_of(optimizer: Optimizer) -> Mode:
+    mode = own_mode(optimizer)
+    if mode is None:
+        raise ArgumentError(
+            Problem(
+                "The formula of the optimizer's own decay is not known, so `mode` cannot be picked.",
+                'Give mode="coupled" (L2, as in SGD) or mode="decoupled" (as in AdamW)',
+                {"optimizer": type(optimizer).__name__},
+            )
+        )
+    return cast(Mode, mode)
+
+
+def _check_owns_no_others(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise if the optimizer decays parameters of another model: their decay would be switched off."""
+    mine = {id(p) for p in model.parameters()}
+    for index, group in enumerate(optimizer.param_groups):
+        others = [p for p in group["params"] if id(p) not in mine]
+        if others and decays_itself(group):
+            raise ArgumentError(
+                Problem(
+                    "`optimizer` decays parameters that are not of `model`, and adopting it would end that decay.",
+                    "Adopt for all that it trains: wdhook.adopt(torch.nn.ModuleList([a, b]), optimizer); or put the "
+                    "others in a param group with weight_decay=0",
+                    {
+                        "param_groups": f"[{index}], weight_decay {group['weight_decay']}",
+                        "not of the model": f"{len(others)} tensors, first {tuple(others[0].shape)}",
+                    },
+                )
+            )
+
+
 def _check_free(engine: Engine, wanted: Plan) -> None:
     """Raise if another handle decays a parameter that this one is to decay."""
     others = attached()
-    mine = engine.governed() if others else {}
+    mine = engine.state.parameters.governed() if others else {}
     for other in others:
-        for key, name in other.governed().items():
-            if key in mine:
-                raise AlreadyAttachedError(
-                    "A parameter is decayed by another handle already.\n"
-                    f"  parameter: {mine[key]}\n  that handle: weight_decay={other.weight_decay:g}, "
-                    f"mode={other.settings.mode!r}, name there: {name}\n"
-                    f"  this call: weight_decay={wanted.weight_decay:g}\n"
-                    "  Call remove() on the first handle, or exempt the parameter in one of them with `overrides`"
+        for key, name in other.state.parameters.governed().items():
+            if key not in mine:
+                continue
+            there = other.state
+            raise AlreadyAttachedError(
+                Problem(
+                    "A parameter is decayed by another handle already.",
+                    "Call remove() on the first handle, or exempt the parameter in one of them with `overrides`",
+                    {
+                        "parameter": mine[key],
+                        "that handle": f"weight_decay={there.rate.weight_decay:g}, "
+                        f"mode={there.config.mode!r}, name there: {name}",
+                        "this call": f"weight_decay={wanted.weight_decay:g}",
+                    },
+                    (mine[key],),
                 )
+            )

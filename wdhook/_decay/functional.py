@@ -7,19 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._base.errors import AlreadyAttachedError, ArgumentError, LearningRateError, NoGradientError
+from .._base.errors import (
+    AlreadyAttachedError,
+    ArgumentError,
+    DoubleDecayError,
+    LearningRateError,
+    NoGradientError,
+)
+from .._base.problem import Problem
 from .._plan.decide import plan, require_eligible
 from .._plan.decision import Decision
 from .._plan.overrides import Overrides
-from . import formulas as arithmetic
-from .formulas import Number
-from .optimizers import LearningRate, learning_rate
+from . import tensors
+from .entry import Due, Entry, Terms
+from .formulas import FORMULAS, Formula, How, Rates
+from .optimizers import LearningRate, decays_itself, learning_rate, maximizes
+from .rate import check_lr
 from .step_listener import attached
+from .window import Clock
+
+Chosen = list[tuple[nn.Parameter, Decision]]
 
 
 def apply_weight_decay(
     *modules: nn.Module,
-    weight_decay: float,
+    weight_decay: float | None = None,
     mode: str = "coupled",
     optimizer: Any | None = None,
     lr: LearningRate | None = None,
@@ -55,66 +67,94 @@ def apply_weight_decay(
     >>> torch.equal(model.weight.grad, 0.5 * model.weight)
     True
     """
+    formula = _check(modules, weight_decay, mode, lr)
+    assert weight_decay is not None
+    chosen = _eligible(modules, weight_decay, overrides, recipe)
+    _check_unattached(chosen)
+    due = [(param, decision) for param, decision in chosen if param.grad is not None]
+    if not due:
+        raise NoGradientError(
+            Problem(
+                "No eligible parameter has a gradient.",
+                "Call it after loss.backward() and before optimizer.step()",
+                {"eligible parameters": len(chosen)},
+            )
+        )
+    priced: dict[Any, tuple[Rates, Due]] = {}  # all numbers before any change
+    groups = {id(p): g for g in getattr(optimizer, "param_groups", ()) for p in g["params"]}
+    for param, decision in due:
+        group = groups.get(id(param))
+        rates = _rates(formula, decision, optimizer, group, lr)
+        entry = Entry(decision.name, decision.weight_decay, Clock())
+        key = (id(group), decision.weight_decay, Terms.key(None, entry, param)[3:])
+        if key not in priced:
+            priced[key] = rates, Due(Terms(entry.clock, None, entry, param))
+        assert param.grad is not None
+        priced[key][1].add(param, param.grad, entry)
+    with torch.no_grad():
+        for rates, together in priced.values():
+            scale = (
+                tensors.loss_scale(scaler, together.terms.device) if formula.in_gradient else None
+            )
+            formula.pay_(together, formula.number(rates), How(foreach, scale))
+
+
+def _check(
+    modules: tuple[object, ...], weight_decay: object, mode: str, lr: LearningRate | None
+) -> Formula:
     if not modules:
         raise ArgumentError("`apply_weight_decay` needs at least one module")
+    strangers = [module for module in modules if not isinstance(module, nn.Module)]
+    if strangers or weight_decay is None:
+        raise ArgumentError(
+            Problem(
+                "`apply_weight_decay` takes modules by position, and λ by name.",
+                "Write apply_weight_decay(model, weight_decay=1e-4)",
+                {"weight_decay": weight_decay, "not a module": ", ".join(map(repr, strangers))},
+            )
+        )
     if mode not in ("coupled", "decoupled"):
         raise ArgumentError(
             f"`mode` must be 'coupled' or 'decoupled' without a handle.\n  got: {mode!r}"
         )
     if mode == "coupled" and lr is not None:
         raise ArgumentError(f'`lr` has no meaning with mode="coupled".\n  got: {lr!r}')
-    chosen = _eligible(modules, weight_decay, overrides, recipe)
-    _check_unattached(chosen)
-    due = [(p, p.grad, d) for p, d in chosen if p.grad is not None]
-    if not due:
-        raise NoGradientError(
-            "No eligible parameter has a gradient.\n"
-            f"  eligible parameters: {len(chosen)}\n  Call it after loss.backward() and before optimizer.step()"
+    return FORMULAS[mode]
+
+
+def _rates(
+    formula: Formula,
+    decision: Decision,
+    optimizer: Any,
+    group: Any | None,
+    lr: LearningRate | None,
+) -> Rates:
+    """The numbers for one parameter."""
+    if group is not None and decays_itself(group) and decision.weight_decay:
+        raise DoubleDecayError(
+            Problem(
+                "The optimizer decays a parameter that `apply_weight_decay` is to decay too.",
+                "Construct the optimizer with weight_decay=0",
+                {
+                    "parameter": decision.name,
+                    "optimizer": f"{type(optimizer).__name__}, weight_decay {group['weight_decay']}",
+                },
+                (decision.name,),
+            )
         )
-    groups = {
-        id(p): group for group in getattr(optimizer, "param_groups", ()) for p in group["params"]
-    }
-    amount = _alpha if mode == "coupled" else _factor
-    amounts = [
-        amount(decision, groups.get(id(param)), lr) for param, _, decision in due
-    ]  # before any change
-    with torch.no_grad():
-        buckets: dict[Any, tuple[Number, list[Tensor], list[Tensor]]] = {}
-        for (param, grad, _), by in zip(due, amounts, strict=True):
-            if grad.is_sparse:
-                _decay_rows(param, grad, by, mode, scaler)
-                continue
-            key = by if isinstance(by, float) else id(by)
-            kind = (key, param.device, param.dtype, arithmetic.is_plain(param))
-            _, params, grads = buckets.setdefault(kind, (by, [], []))
-            params.append(param)
-            grads.append(grad)
-        for (_, device, *_), (by, params, grads) in buckets.items():
-            many = arithmetic.use_foreach(foreach, params)
-            if mode == "coupled":
-                arithmetic.add_all_(
-                    grads, params, float(by), arithmetic.loss_scale(scaler, device), many
-                )
-            else:
-                arithmetic.mul_all_(params, by, many)
-
-
-def _alpha(decision: Decision, group: Any | None, lr: LearningRate | None) -> Number:
-    return (
-        -decision.weight_decay
-        if group is not None and group.get("maximize")
-        else decision.weight_decay
-    )
-
-
-def _factor(decision: Decision, group: Any | None, lr: LearningRate | None) -> Number:
+    sign = -1.0 if group is not None and maximizes(optimizer, group) else 1.0
+    if not formula.needs_lr:
+        return Rates(decision.weight_decay, sign=sign)
     if group is None and (lr is None or callable(lr)):
         raise LearningRateError(
-            "Decoupled decay needs a learning rate for the parameter.\n"
-            f"  parameter: {decision.name}\n  lr: {lr!r}\n"
-            "  Give the optimizer that owns it as `optimizer=`, or a number as `lr=`"
+            Problem(
+                "Decoupled decay needs a learning rate for the parameter.",
+                "Give the optimizer that owns it as `optimizer=`, or a number as `lr=`",
+                {"parameter": decision.name, "lr": repr(lr)},
+                (decision.name,),
+            )
         )
-    return arithmetic.factor(learning_rate(group or {}, lr), decision.weight_decay)
+    return Rates(decision.weight_decay, check_lr(learning_rate(group or {}, lr), group or {}))
 
 
 def l2_penalty(
@@ -160,11 +200,11 @@ def _half_square(param: Tensor, weight_decay: float) -> Tensor:
 
 
 def _eligible(
-    modules: tuple[nn.Module, ...],
+    modules: tuple[Any, ...],
     weight_decay: float,
     overrides: Overrides | None,
     recipe: str | None,
-) -> list[tuple[nn.Parameter, Decision]]:
+) -> Chosen:
     found: dict[int, tuple[nn.Parameter, Decision]] = {}
     for module in modules:
         decided = plan(module, weight_decay, overrides=overrides, recipe=recipe)
@@ -175,19 +215,15 @@ def _eligible(
     return list(found.values())
 
 
-def _check_unattached(chosen: list[tuple[nn.Parameter, Decision]]) -> None:
-    governed = {key for engine in attached() for key in engine.governed()}
+def _check_unattached(chosen: Chosen) -> None:
+    governed = {key for engine in attached() for key in engine.state.parameters.governed()}
     for param, decision in chosen:
         if id(param) in governed:
             raise AlreadyAttachedError(
-                f"A parameter is decayed by a handle already.\n  parameter: {decision.name}\n"
-                "  Call remove() on the handle, or leave the decay to it"
+                Problem(
+                    "A parameter is decayed by a handle already.",
+                    "Call remove() on the handle, or leave the decay to it",
+                    {"parameter": decision.name},
+                    (decision.name,),
+                )
             )
-
-
-def _decay_rows(param: Tensor, grad: Tensor, by: Number, mode: str, scaler: Any | None) -> None:
-    if mode == "coupled":
-        scale = arithmetic.loss_scale(scaler, grad.device)
-        arithmetic.add_rows_(grad, param, arithmetic.scaled(by, scale), None)
-    else:
-        arithmetic.mul_rows_(grad, param, by, None)

@@ -11,7 +11,7 @@ from .._base.errors import ArgumentError, WdhookError
 from .._base.validate import check_factor
 from .._plan.plan import Plan
 from .engine import Engine
-from .resume import NO_PROGRESS
+from .rate import NO_PROGRESS
 from .snapshot import By, Snapshot
 
 
@@ -22,11 +22,23 @@ class WeightDecay:
     that is thrown away removes nothing. A copy or a pickle of a handle is detached.
     """
 
+    __slots__ = ("__weakref__", "_at", "_engine", "_mode", "_plan")
+
     def __init__(self, engine: Engine | None, plan: Plan, mode: str, at: str):
         self._engine = engine
         self._plan = plan
-        self.mode = mode
-        self.at = at
+        self._mode = mode
+        self._at = at
+
+    @property
+    def mode(self) -> str:
+        """The formula: ``"coupled"``, ``"decoupled"``, ... Attach again to change it."""
+        return self._mode
+
+    @property
+    def at(self) -> str:
+        """``"backward"`` or ``"step"``. Attach again to change it."""
+        return self._at
 
     def remove(self) -> None:
         """Remove every hook, those of the process too; the plan stays readable. May be called again."""
@@ -62,15 +74,19 @@ class WeightDecay:
         Raises:
             ArgumentError: (setter) not a number, negative or not finite; or the handle follows a schedule.
         """
-        return self._plan.weight_decay if self._engine is None else self._engine.weight_decay
+        return (
+            self._plan.weight_decay
+            if self._engine is None
+            else self._engine.state.rate.weight_decay
+        )
 
     @weight_decay.setter
     def weight_decay(self, value: float) -> None:
         new = check_factor(value)
-        if self._engine is not None and self._engine.settings.schedule is not None:
+        if self._engine is not None and self._engine.state.config.schedule is not None:
             raise ArgumentError(
                 "`weight_decay` follows the schedule that `attach` was given, which sets it after each step.\n"
-                f"  schedule: {self._engine.settings.schedule!r}\n"
+                f"  schedule: {self._engine.state.config.schedule!r}\n"
                 "  Put what you want into that function of the step, or attach with a number and set that"
             )
         self._set(new)
@@ -79,7 +95,7 @@ class WeightDecay:
         if self._engine is None:
             self._plan = self._plan.scaled_to(new)
         else:
-            self._engine.weight_decay = new
+            self._engine.set_weight_decay(new)
 
     @property
     def plan(self) -> Plan:
@@ -120,7 +136,7 @@ class WeightDecay:
 
     def state_dict(self) -> dict[str, Any]:
         """λ and what a schedule cannot recompute, as plain numbers (and tensors, where ``lr`` is one)."""
-        progress = NO_PROGRESS if self._engine is None else self._engine.progress()
+        progress = NO_PROGRESS if self._engine is None else self._engine.save()
         return {"weight_decay": self.weight_decay, "mode": self.mode, **progress}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -143,24 +159,24 @@ class WeightDecay:
             )
         if (
             self._engine is not None
-            and self._engine.settings.schedule is not None
+            and self._engine.state.config.schedule is not None
             and not state["finished_steps"]
         ):
             raise ArgumentError(
                 "`state` is of a handle without a schedule: it does not say how many steps were finished.\n"
-                f"  weight_decay: {state['weight_decay']!r}, then; now {self._engine.settings.schedule!r}\n"
+                f"  weight_decay: {state['weight_decay']!r}, then; now {self._engine.state.config.schedule!r}\n"
                 "  Attach with the number, or do not load this state"
             )
         self._set(check_factor(state["weight_decay"]))
         if self._engine is not None:
-            self._engine.set_progress(state)
+            self._engine.load(state)
 
     def __repr__(self) -> str:
         plan = self.plan
         life = (
             "removed"
             if self._engine is None or self._engine.closed
-            else f"steps={self._engine.steps}"
+            else f"steps={self._engine.state.steps}"
         )
         return (
             f"WeightDecay({plan.weight_decay:g}, mode={self.mode!r}, at={self.at!r}, "

@@ -1,93 +1,229 @@
-"""Which parameters of an optimizer are decayed: making its view."""
+"""Optimizers as far as they concern one handle: which decayed parameters each owns, and on which terms."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from itertools import chain
+from operator import is_
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from . import formulas as arithmetic
-from .optimizers import inner_optimizers, maximizes, owned_ids, zeroes_by_foreach
-from .tracked import Pair, View
+from .config import Config
+from .entry import Entry, Pair, Peak, Place, Terms
+from .optimizers import (
+    announces_steps,
+    inner_optimizers,
+    owned_ids,
+    zeroes_by_foreach,
+)
+from .parameters import Known, Parameters
+from .rate import Rate
+from .window import Clock
 
-if TYPE_CHECKING:
-    from .engine import Engine
+Bucket = tuple[Terms, list[Pair]]
 
 
-def fill(engine: Engine, view: View, optimizer: Any) -> None:
-    """Look at the param groups of an optimizer, and let it close the windows of what it owns."""
-    names = engine.names()
-    # A wrapper (SAM, Lookahead) lets the optimizer inside step: that one's step is the real one.
-    inner = owned_ids(inner_optimizers(optimizer))
-    view.params = [list(group["params"]) for group in optimizer.param_groups]
-    view.wraps = any(key in names for key in inner)
-    wrapped = (p for params in view.params for p in params if id(p) in inner)
-    decayed = (p for p in wrapped if engine.is_eligible(names.get(id(p), "")))
-    view.sample = min(decayed, key=Tensor.numel, default=None)
-    view.buckets = [
-        _buckets(
-            engine,
-            view,
-            optimizer,
-            index,
-            {names[id(p)]: p for p in params if id(p) in names and id(p) not in inner},
-        )
-        for index, params in enumerate(view.params)
-    ]
-    given = engine.was_given(optimizer)
-    for index, params in enumerate(view.params) if given else ():
-        # The schedule is the wrapper's: ZeroRedundancyOptimizer hands it on at the step, after the backward pass.
+class View:
+    """The param groups of one optimizer, as far as they concern one handle.
+
+    Attributes:
+        clock: counts the optimizer's steps.
+        buckets: for each param group, its decayed parameters by terms.
+        wraps: the optimizer holds another one that owns decayed parameters.
+        sample: the smallest of those; None where there is none.
+        params: all parameters of each group, when the view was made.
+        dtypes: of the first parameter of each bucket, when the view was made.
+        changes: how often the view was made.
+        unchecked: no step has been checked since the view was made.
+    """
+
+    __slots__ = ("buckets", "changes", "clock", "dtypes", "params", "sample", "unchecked", "wraps")
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.buckets: list[list[Bucket]] = []
+        self.wraps = False
+        self.sample: Tensor | None = None
+        self.params: list[list[Tensor]] = []
+        self.dtypes: list[torch.dtype] = []
+        self.changes = 0
+        self.unchecked = True
+
+    def is_current(self, optimizer: Any) -> bool:
+        """The optimizer holds the parameters that it held when the view was made, in the same precision."""
+        groups = optimizer.param_groups
+        if len(groups) != len(self.params):
+            return False
+        for group, known in zip(groups, self.params, strict=True):
+            params = group["params"]
+            if len(params) != len(known) or not all(map(is_, params, known)):
+                return False
+        dtypes = (pairs[0][0].dtype for _, pairs in chain.from_iterable(self.buckets))
+        return all(map(is_, dtypes, self.dtypes))
+
+    def all_buckets(self) -> Iterator[Bucket]:
+        """The buckets of all groups."""
+        return chain.from_iterable(self.buckets)
+
+    def pairs(self) -> Iterator[Pair]:
+        """Every decayed parameter that the optimizer owns, with its entry."""
+        return chain.from_iterable(pairs for _, pairs in self.all_buckets())
+
+    def owns_any(self) -> bool:
+        """The optimizer owns a decayed parameter."""
+        return any(self.buckets)
+
+
+class Optimizers:
+    """The optimizers that a handle has met, and the decayed parameters that each owns."""
+
+    def __init__(self, config: Config, parameters: Parameters, rate: Rate) -> None:
+        self._config = config
+        self._parameters = parameters
+        self._rate = rate
+        self._views: Any = WeakIdKeyDictionary()
+        self._lenders: dict[
+            int, Place
+        ] = {}  # id of a parameter → the wrapper group that lends it an lr
+
+    def given(self) -> list[Any]:
+        """The optimizers given to `attach` that still exist."""
+        return [o for ref in self._config.optimizers if (o := ref()) is not None]
+
+    def was_given(self, optimizer: Any) -> bool:
+        """The optimizer was given to `attach`."""
+        return any(optimizer is other for other in self.given())
+
+    def met(self) -> list[Any]:
+        """Every optimizer that owns a decayed parameter and was given or has stepped."""
+        return [o for o, view in list(self._views.items()) if view.owns_any()]
+
+    def views(self) -> list[View]:
+        """The views of all optimizers that were met."""
+        return list(self._views.values())
+
+    def known_view(self, optimizer: Any) -> View | None:
+        """The view of an optimizer that was met before, as it was then."""
+        view: View | None = self._views.get(optimizer)
+        return view
+
+    def forget(self) -> None:
+        """Forget every view: they are made anew when they are asked for."""
+        for view in self.views():
+            view.params = []
+
+    def clear(self) -> None:
+        """Forget every optimizer."""
+        self._views.clear()
+        self._lenders.clear()
+
+    # ---------------------------------------------------------------- making views
+
+    def meet(self, optimizer: Any) -> View:
+        """The view of an optimizer, made anew if its parameters have changed."""
+        view = self.known_view(optimizer)
+        if view is not None and view.is_current(optimizer):
+            return view
+        before = [] if view is None else list(view.pairs())
+        if view is None:
+            view = View(self._rate.new_clock(announces_steps(optimizer)))
+        if self.was_given(optimizer):
+            self._lend(optimizer)
+        self._fill(view, optimizer)
+        self._views[optimizer] = view  # only now: a look that raised is no look
+        self._release(view, before)
+        return view
+
+    def _lend(self, wrapper: Any) -> None:
+        """Note the groups of a wrapper that was given.
+
+        Its schedule is the one that counts: ZeroRedundancyOptimizer hands it on at the step, after the
+        backward pass.
+        """
+        inner = owned_ids(inner_optimizers(wrapper))
+        for index, group in enumerate(wrapper.param_groups):
+            for param in group["params"]:
+                if id(param) in inner:
+                    self._lenders[id(param)] = weakref.ref(wrapper), index
+        if inner:
+            for optimizer in inner_optimizers(wrapper):
+                self.meet(optimizer)
+
+    def _fill(self, view: View, optimizer: Any) -> None:
+        decided = self._parameters.decided()
+        inner = owned_ids(inner_optimizers(optimizer))
+        groups = [list(group["params"]) for group in optimizer.param_groups]
+        # A wrapper (SAM, Lookahead) lets the optimizer inside step, whose step is the real one.
+        own = [[p for p in params if id(p) not in inner] for params in groups]
+        wrapped = [p for params in groups for p in params if id(p) in inner]
+        entries = [self._entries_of(params, decided) for params in own]
+        if not view.changes:
+            self._rate.meet(view.clock, [entry for pairs in entries for _, entry in pairs])
+        view.buckets = [
+            self._buckets(view, optimizer, index, pairs) for index, pairs in enumerate(entries)
+        ]
+        governed = self._parameters.governed()
+        decayed = [p for p in wrapped if id(p) in governed]
+        view.sample = min(decayed, key=Tensor.numel, default=None)
+        view.wraps = any(key in decided for key in inner)
+        view.dtypes = [pairs[0][0].dtype for _, pairs in view.all_buckets()]
+        view.params = groups
+        view.changes += 1
+        view.unchecked = True
+
+    def _entries_of(self, params: list[Tensor], decided: dict[int, Known]) -> list[Pair]:
+        found = []
         for param in params:
-            entry = (
-                engine.track(names[id(param)], param)
-                if id(param) in inner and id(param) in names
-                else None
-            )
+            entry = self._parameters.track(param, decided.get(id(param)))
             if entry is not None:
-                entry.place = weakref.ref(optimizer), index
-    view.strays = list(_strays(engine)) if given else []
-    view.checked = False
-    view.dtypes = [bucket[0][0].dtype for buckets in view.buckets for bucket in buckets]
+                found.append((param, entry))
+        return found
 
+    def _buckets(self, view: View, optimizer: Any, index: int, pairs: list[Pair]) -> list[Bucket]:
+        """The decayed parameters of one group, by terms; each goes over to the clock of the optimizer."""
+        blind = zeroes_by_foreach(optimizer)
+        own = weakref.ref(optimizer), index
+        new_peak = Peak()
+        buckets: dict[Any, Bucket] = {}
+        lent: dict[Any, Terms] = {}
+        for param, entry in pairs:
+            entry.move(view.clock)
+            entry.blind = blind and hasattr(param, "to_local")
+            if entry.peak.value is None:
+                entry.peak = new_peak
+            key = Terms.key(own, entry, param)
+            if key not in buckets:
+                buckets[key] = Terms(view.clock, own, entry, param), []
+            buckets[key][1].append((param, entry))
+            if self._belongs_to_given(entry, optimizer):
+                continue
+            entry.terms = buckets[key][0]
+            lender = self._lenders.get(id(param))
+            if lender is not None and lender[0]() is not None:
+                key = Terms.key(lender, entry, param)
+                if key not in lent:
+                    lent[key] = Terms(view.clock, lender, entry, param, owner=own)
+                entry.terms = lent[key]
+        return list(buckets.values())
 
-def _buckets(
-    engine: Engine, view: View, optimizer: Any, index: int, named: Mapping[str, Tensor]
-) -> list[list[Pair]]:
-    """The decayed parameters of one param group, by what one foreach call can take."""
-    sign = -1.0 if maximizes(optimizer, optimizer.param_groups[index]) else 1.0
-    foreach = zeroes_by_foreach(optimizer)
-    given = engine.was_given(optimizer)
-    place = weakref.ref(optimizer), index
-    buckets: dict[Any, list[Pair]] = {}
-    for name, param in named.items():
-        entry = engine.track(name, param)
-        if entry is None:
-            continue
-        if entry.place is None or entry.place[0]() is None or given:
-            entry.place = place
-        if entry.decayed and entry.sign != sign:
-            view.turned = name
-        entry.sign = sign
-        entry.blind = foreach and hasattr(param, "to_local")
-        entry.set(entry.weight_decay)
-        entry.move(view.owner)
-        kind = (
-            entry.weight_decay,
-            entry.follows,
-            param.device,
-            param.dtype,
-            arithmetic.is_plain(param),
-        )
-        buckets.setdefault(kind, []).append((param, entry))
-    return list(buckets.values())
+    def _belongs_to_given(self, entry: Entry, optimizer: Any) -> bool:
+        """The hook of a parameter goes by an optimizer that was given, and `optimizer` is none."""
+        known = entry.terms.group()
+        return known is not None and self.was_given(known[0]) and not self.was_given(optimizer)
 
-
-def _strays(engine: Engine) -> Iterator[Pair]:
-    """What is decayed, and in no group of any optimizer that was given."""
-    owned = engine.owned_ids()
-    for _, param in engine.parameters():
-        entry = engine.entry(param)
-        if entry is not None and id(param) not in owned:
-            yield param, entry
+    def _release(self, view: View, before: list[Pair]) -> None:
+        """Let go of what the optimizer no longer owns: its steps are no longer steps of those parameters."""
+        kept = {id(param) for param, _ in view.pairs()}
+        orphans = [(p, e) for p, e in before if id(p) not in kept and e.clock is view.clock]
+        if not orphans:
+            return
+        clock = self._rate.new_clock()
+        clock.finished = view.clock.finished
+        clock.weight_decay = view.clock.weight_decay
+        for param, entry in orphans:
+            entry.move(clock)
+            entry.terms = self._parameters.unowned_terms(entry, param)

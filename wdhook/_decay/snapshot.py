@@ -11,19 +11,22 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .._base.errors import ArgumentError
+from .._base.torch_private import version
 from .._base.validate import is_number
 from .._plan.decision import Decision
 from .engine import Engine
-from .tracked import Entry, View
+from .entry import Entry
+from .ownership import View
+from .state import State
 
 By = str | Callable[[Decision], str]
 
-_COLUMNS = (
-    6  # ‖p‖², ‖p‖² of those with a gradient, ‖g‖², ⟨p, g⟩, ‖decay‖², ‖what the decay is a part of‖²
-)
-_Row = tuple[
-    str, Tensor
-]  # a group, and what one parameter adds to its columns: 1-D, on the parameter's device
+# ‖p‖², ‖p‖² of those with a gradient, ‖g‖², ⟨p, g⟩, ‖decay‖², ‖what the decay is a part of‖²
+_COLUMNS = 6
+_Row = tuple[str, Tensor]
+"""A group, and what one parameter adds to its columns: 1-D, on the parameter's device."""
+_Awaited = tuple[State, str, Tensor, Tensor]
+"""Whose, a group, a parameter, and its values before the step."""
 
 
 class Snapshot:
@@ -37,84 +40,83 @@ class Snapshot:
     """
 
     def __init__(self, engine: Engine, by: By) -> None:
-        self.step = engine.steps
-        self.weight_decay = engine.weight_decay
+        self.step = engine.state.steps
+        self.weight_decay = engine.state.rate.weight_decay
         self._numel: dict[str, int] = {}
         self._decayed: dict[str, bool] = {}
         self._rows: list[_Row] = []
-        self._awaited: list[tuple[View, str, Tensor, Tensor, Tensor]] = []
+        self._awaited: list[_Awaited] = []
         self._with_gradient: set[str] = set()
-        self._unknown: set[str] = set()  # groups of which the share cannot be known
-        names, plan = engine.names(), engine.plan
+        self._unknown: set[str] = set()  # groups with a gradient that decay cannot be told from
+        parameters = engine.state.parameters
+        decided = parameters.decided()
         with torch.no_grad():
-            for _, param in engine.parameters():
-                if (
-                    id(param) in names
-                    and not is_lazy(param)
-                    and (param.is_floating_point() or param.is_complex())
-                ):
-                    decision = plan[names[id(param)]]
-                    self._look(engine, param, _key(by, decision), decision.weight_decay)
+            for found in parameters.walk():
+                known = decided.get(id(found.param))
+                if known is not None and _has_numbers(found.param):
+                    key = _key(by, known.decision)
+                    self._look(engine.state, found.param, key, known.decision)
         if self._awaited:
             engine.watchers.add(self)
 
-    def _look(self, engine: Engine, param: Tensor, key: str, weight_decay: float) -> None:
-        entry = engine.entry(param)  # at "step" there is none before the first one
-        α = weight_decay if entry is None else entry.alpha
-        decayed = bool(α)
+    def _look(self, state: State, param: Tensor, key: str, decision: Decision) -> None:
+        entry = state.parameters.entry(param)  # at "step" there is none before the first one
+        λ = state.rate.weight_decay if decision.follows else decision.weight_decay
+        if entry is not None:
+            λ = entry.weight_decay
+        decayed = bool(λ) and param.requires_grad
         self._numel[key] = self._numel.get(key, 0) + param.numel()
         self._decayed[key] = self._decayed.get(key, False) or decayed
-        p, g = _local(param), None if param.grad is None else _local(param.grad)
+        p = _local(param)
         squared = _dot(p, p)
-        zero = torch.zeros_like(squared)
-        if g is None:
-            self._rows.append((key, torch.stack([squared, *[zero] * (_COLUMNS - 1)])))
-        else:
-            self._with_gradient.add(key)
-            gradient, product = _dot(g, g), _dot(p, g)
-            α = α if engine.settings.mode == "coupled" else 0.0
-            if entry is not None and α and _holds_decay(entry, param.grad):
-                # g is g₀ + α·p: back to what the loss gave.
-                gradient = (gradient - 2 * α * product + α**2 * squared).clamp(min=0)
-                product = product - α * squared
-            whole = (gradient + 2 * α * product + α**2 * squared).clamp(min=0) if α else zero
-            self._rows.append(
-                (key, torch.stack([squared, squared, gradient, product, α**2 * squared, whole]))
-            )
-        if decayed and engine.settings.mode != "coupled":
-            self._await(engine, entry, param, key)
-
-    def _await(self, engine: Engine, entry: Entry | None, param: Tensor, key: str) -> None:
-        """Keep what the next step will change, to see by how much."""
-        optimizer = None if entry is None or entry.place is None else entry.place[0]()
-        view = None if optimizer is None else engine.known_view(optimizer)
-        if entry is None or entry.place is None or optimizer is None or view is None:
-            self._unknown.add(key)
+        if param.grad is None:
+            self._add(key, squared)
             return
-        by = engine.factor(
-            view, entry.place[1], optimizer.param_groups[entry.place[1]], entry.weight_decay
-        )
-        before = (
-            _local(param) / by
-            if engine.settings.at == "backward" and entry.decayed
-            else _local(param).clone()
-        )
-        self._awaited.append((view, key, param, before, _dot(before, before) * (1 - by) ** 2))
+        self._with_gradient.add(key)
+        g = _local(param.grad)
+        gradient, product = _dot(g, g), _dot(p, g)
+        added = _added(entry, param.grad, state) if entry is not None else 0.0
+        if added is None:
+            self._unknown.add(key)
+            self._add(key, squared, squared, gradient, product)
+            return
+        if added:  # the gradient is g + added·p: back to what the loss gave
+            gradient = (gradient - 2 * added * product + added**2 * squared).clamp(min=0)
+            product = product - added * squared
+        α = added
+        if not decayed or not state.config.in_gradient:
+            α = 0.0
+        elif entry is None or not entry.paid:
+            α = 0.0 if state.pauses else λ
+        zero = torch.zeros_like(squared)
+        whole = (gradient + 2 * α * product + α**2 * squared).clamp(min=0) if α else zero
+        self._add(key, squared, squared, gradient, product, α**2 * squared, whole)
+        if decayed and not state.config.in_gradient:
+            was = entry.number if entry is not None and entry.paid else None
+            before = p.clone() if was is None else p / was
+            self._awaited.append((state, key, param, before))
+
+    def _add(self, key: str, *columns: Tensor) -> None:
+        """Add one parameter to its group; the columns that are missing are 0."""
+        zeros = [torch.zeros_like(columns[0])] * (_COLUMNS - len(columns))
+        self._rows.append((key, torch.stack([*columns, *zeros])))
 
     def note_step(self, view: View) -> None:
         """A step of an optimizer has ended; the engine says so."""
         rest = []
         with torch.no_grad():
             for awaited in self._awaited:
-                owner, key, param, before, decay = awaited
-                if owner is not view:
+                state, key, param, before = awaited
+                entry = state.parameters.entry(param)
+                if entry is None or entry.clock is not view.clock:
                     rest.append(awaited)
                     continue
-                change = before.sub_(_local(param))
+                was_paid = entry.stamp == view.clock.steps - 1
+                number = entry.number if was_paid and entry.number is not None else 1.0
+                change = before - _local(param)
+                decay = _dot(before, before) * (1 - number) ** 2
                 zero = torch.zeros_like(decay)
-                self._rows.append(
-                    (key, torch.stack([zero, zero, zero, zero, decay, _dot(change, change)]))
-                )
+                self._add(key, zero, zero, zero, zero, decay, _dot(change, change))
         self._awaited = rest
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,13 +138,12 @@ class Snapshot:
 
     def _numbers(self, key: str, sums: list[float]) -> dict[str, Any]:
         squared, with_gradient, gradient, product, decay, whole = sums
+        known = key in self._with_gradient and key not in self._unknown
         return {
             "numel": self._numel[key],
             "norm": math.sqrt(squared),
-            "grad_norm": math.sqrt(gradient) if key in self._with_gradient else None,
-            "cos": _ratio(product, math.sqrt(with_gradient * gradient))
-            if key in self._with_gradient
-            else None,
+            "grad_norm": math.sqrt(gradient) if known else None,
+            "cos": _ratio(product, math.sqrt(with_gradient * gradient)) if known else None,
             "share": self._share(key, decay, whole),
         }
 
@@ -150,6 +151,8 @@ class Snapshot:
         if not self._decayed[key]:
             return 0.0
         if key in self._unknown or any(key == waiting for _, waiting, *_ in self._awaited):
+            return None
+        if key not in self._with_gradient:
             return None
         return _ratio(math.sqrt(decay), math.sqrt(whole))
 
@@ -194,14 +197,23 @@ def _key(by: By, decision: Decision) -> str:
     return str(decision.role) if by == "role" else decision.name
 
 
-def _holds_decay(entry: Entry, grad: Tensor | None) -> bool:
-    """Whether the coupled decay is in the gradient: of this window, or, stepped and not zeroed, of the last one."""
-    return entry.decayed or (
-        grad is not None
-        and entry.buffer is not None
-        and entry.buffer() is grad
-        and entry.version == grad._version
-    )
+def _added(entry: Entry, grad: Tensor, state: State) -> float | None:
+    """The multiple of the parameter that a gradient holds; None where that is not known any more.
+
+    Clipping, un-scaling and a step change the gradient or the parameter, and the decay in it with them.
+    """
+    if not state.config.in_gradient or entry.buffer is None:
+        return 0.0
+    if entry.buffer() is not grad:
+        return None if entry.paid else 0.0
+    whole = entry.paid and not entry.unknown and version(grad) == entry.version
+    if not whole or grad.is_sparse or not isinstance(entry.number, float):
+        return None
+    return entry.number
+
+
+def _has_numbers(param: Tensor) -> bool:
+    return not is_lazy(param) and (param.is_floating_point() or param.is_complex())
 
 
 def _local(tensor: Tensor) -> Tensor:

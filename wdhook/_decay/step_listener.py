@@ -1,10 +1,15 @@
-"""The one process-wide listener: it hears every optimizer step, and goes when the last handle goes."""
+"""The one process-wide listener: torch calls it for every optimizer step. It goes when the last handle goes."""
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from operator import is_
 from typing import Any
 
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -12,22 +17,30 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from . import step as step
+from .._base.torch_private import never_compiled, process_step_pre_hooks, step_pre_hooks
+from . import call_stack
 from .engine import Engine
-from .hooks import never_compiled
-from .tracked import View
+from .rules.base import Facts
+from .steps import Part, StepInProgress
 
 _engines: dict[int, Engine] = {}
 _registered: list[RemovableHandle] = []
+_left: list[
+    weakref.ref[Tensor]
+] = []  # gradients that a removed handle has decayed, before their step
+_lock = threading.RLock()  # handles come and go in any thread
+_running = threading.local()  # `stack`: the steps that run in this thread, the outermost first
 
 
 def listen(engine: Engine) -> None:
-    """Let `engine` hear every optimizer step until it is closed."""
-    if not _registered:
-        _registered.append(register_optimizer_step_pre_hook(_before_step))
-        _registered.append(register_optimizer_step_post_hook(_after_step))
-    _engines[id(engine)] = engine
-    engine.on_close = lambda: _forget(id(engine))
+    """Tell `engine` of every optimizer step until it is closed."""
+    with _lock:
+        if not _registered:
+            _registered.append(register_optimizer_step_pre_hook(_before_step))
+            _registered.append(register_optimizer_step_post_hook(_after_step))
+        _engines[id(engine)] = engine
+        _recall(engine)
+        engine.on_close = lambda: _forget(engine)
 
 
 def attached() -> list[Engine]:
@@ -35,57 +48,145 @@ def attached() -> list[Engine]:
     return list(_engines.values())
 
 
-def _forget(key: int) -> None:
-    _engines.pop(key, None)
-    while not _engines and _registered:
-        _registered.pop().remove()
+def _forget(engine: Engine) -> None:
+    with _lock:
+        _left[:] = [*_living(_left), *_living(engine.unstepped())]
+        _engines.pop(id(engine), None)
+        while not _engines and _registered:
+            _registered.pop().remove()
+
+
+def _recall(engine: Engine) -> None:
+    """Let a new handle know of gradients that one before has decayed, and that no step has read."""
+    known = {id(ref()) for ref in _living(_left)}
+    for param, entry in engine.state.parameters.pairs() if known else ():
+        if param.grad is not None and id(param.grad) in known:
+            entry.pay(param.grad)
+    _left.clear()
+
+
+def _living(refs: list[weakref.ref[Tensor]]) -> list[weakref.ref[Tensor]]:
+    return [ref for ref in refs if ref() is not None]
+
+
+def _stack() -> list[StepInProgress]:
+    if not hasattr(_running, "stack"):
+        _running.stack = []
+    stack: list[StepInProgress] = _running.stack
+    return stack
+
+
+# A step ----------------------------------------------------------------------------------------
 
 
 @never_compiled
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Check, then decay what is due; for a step with a closure, after each of the closure's runs."""
-    # Nothing is changed for anybody before everybody has agreed.
-    views = [(engine, engine.view(optimizer)) for engine in attached()]
-    claimed = any(view.has_entries() for _, view in views)
-    for engine, view in views:
-        if view.wraps:
-            step.enter(engine, view)
-    ours = [
-        (engine, view) for engine, view in views if step.check(engine, optimizer, view, claimed)
-    ]
-    if not ours:
+    """Check, then decay: after each run of a closure, or as the last thing before the update."""
+    running = call_stack.look()
+    if running.makes_state:
         return None
-    for engine, _ in ours:
-        step.begin(engine, optimizer)
-    # args[0] is the optimizer itself.
-    if len(args) > 1 and callable(args[1]):
-        return (args[0], _decaying(args[1], optimizer, ours), *args[2:]), kwargs
-    if callable(kwargs.get("closure")):
-        return args, {**kwargs, "closure": _decaying(kwargs["closure"], optimizer, ours)}
-    _decay(optimizer, ours, evaluated=False)
+    parts = [Part(engine, optimizer) for engine in attached()]
+    claimed = any(part.view.owns_any() for part in parts)
+    for part in parts:  # nothing is changed for any handle before all have agreed
+        part.check(running, claimed)
+    step = StepInProgress(optimizer, parts, max(running.steps, 1))
+    _push(step)
+    for part in parts:
+        part.begin()
+    wrapped = _with_decay_in_closures(step, args, kwargs)
+    if wrapped is not None:
+        return wrapped
+    if _comes_last(optimizer):
+        _decay(step, evaluated=False)
+    else:
+        _decay_last(step)
     return None
 
 
-def _decaying(
-    closure: Callable[..., Any], optimizer: Optimizer, ours: list[tuple[Engine, View]]
-) -> Callable[..., Any]:
-    """The closure, with the decay of what is due after its own work: that is where gradients come into being."""
+def _push(step: StepInProgress) -> None:
+    """Note a step that begins. A step at the same depth or deeper has raised, so its end was never announced."""
+    stack = _stack()
+    while stack and stack[-1].depth >= step.depth:
+        stack.pop().drop()
+    stack.append(step)
 
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        loss = closure(*args, **kwargs)
-        _decay(optimizer, ours, evaluated=True)
-        return loss
 
-    return wrapped
+def _comes_last(optimizer: Optimizer) -> bool:
+    """No other step pre-hook comes after this one, which could change gradients."""
+    hooks = list(process_step_pre_hooks().values())
+    return hooks[-1:] in ([], [_before_step]) and not step_pre_hooks(optimizer)
+
+
+def _decay_last(step: StepInProgress) -> None:
+    """Decay after all step pre-hooks of the optimizer: torch reads those after the ones of the process."""
+
+    def last(*_: Any) -> None:
+        _decay(step, evaluated=False)
+
+    step.last_hook = step.optimizer.register_step_pre_hook(last)
 
 
 @never_compiled
-def _decay(optimizer: Optimizer, ours: list[tuple[Engine, View]], evaluated: bool) -> None:
-    for engine, view in ours:
-        step.decay(engine, optimizer, view, evaluated)
+def _decay(step: StepInProgress, evaluated: bool) -> None:
+    stack = _stack()
+    outer = stack[: stack.index(step)] if step in stack else []
+    for part in step.parts:
+        parts = [p for other in outer if (p := other.part_of(part.engine)) is not None]
+        if evaluated and any(p.was_moved() for p in parts):
+            facts = Facts(part.engine.state, step.optimizer, part.view)
+            part.engine.rules.tell("moved-in-the-closure", facts)
+        part.decay(nested=any(p.is_active for p in parts), evaluated=evaluated)
 
 
 @never_compiled
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for engine in attached():
-        step.end(engine, optimizer)
+    stack = _stack()
+    if not any(step.optimizer is optimizer for step in stack):
+        return  # it made a state for torch.distributed.checkpoint, or had begun before any handle was attached
+    while stack[-1].optimizer is not optimizer:
+        stack.pop().drop()
+    step = stack.pop()
+    step.drop()
+    for part in step.parts:
+        outer = [o for o in stack if (p := o.part_of(part.engine)) is not None and p.is_active]
+        part.end(nested=bool(outer), again=any(o.optimizer is optimizer for o in outer))
+
+
+# Closures --------------------------------------------------------------------------------------
+
+
+def _with_decay_in_closures(
+    step: StepInProgress, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments of the step with closures that decay after their own work, where gradients come into being.
+
+    None where there is no closure. `args[0]` is the optimizer itself.
+    """
+    if not any(part.is_active for part in step.parts):
+        return None
+    new_args = (args[0], *(_wrapped(value, step) for value in args[1:]))
+    new_kwargs = {name: _wrapped(value, step) for name, value in kwargs.items()}
+    old, new = (*args, *kwargs.values()), (*new_args, *new_kwargs.values())
+    return None if all(map(is_, old, new)) else (new_args, new_kwargs)
+
+
+def _wrapped(value: Any, step: StepInProgress) -> Any:
+    if isinstance(value, dict) and _is_closure(value.get("closure")):
+        return {**value, "closure": _decaying(value["closure"], step)}
+    return _decaying(value, step) if _is_closure(value) else value
+
+
+def _is_closure(value: object) -> bool:
+    """Tell a function from other objects that can be called, such as a model that an optimizer is given."""
+    return callable(value) and not isinstance(value, (nn.Module, type, Optimizer))
+
+
+def _decaying(closure: Callable[..., Any], step: StepInProgress) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        loss = closure(*args, **kwargs)
+        _decay(step, evaluated=True)
+        return loss
+
+    with suppress(AttributeError):
+        wrapped.__name__ = closure.__name__
+    return wrapped

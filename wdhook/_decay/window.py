@@ -1,113 +1,254 @@
-"""Exactly once: the state of one parameter between two optimizer steps.
+"""Exactly once: has the decay of this optimizer step been paid for one parameter?
 
-A *window* runs from one finished ``optimizer.step()`` to the next. A `Window` remembers
-whether its parameter was decayed in the window and, for coupled decay, which gradient
-buffer holds that decay. It knows nothing of models, hooks or arithmetic.
+A *window* runs from one finished ``optimizer.step()`` to the next. Two questions are asked in it: when a
+gradient has come (by the hook), and when a step begins. The answers stand in one table for decay that
+lives in a gradient buffer and shares its fate (`GRADIENT`), and in one for decay that lives in the
+parameter and cannot be lost (`PARAMETER`). Nothing here knows models, hooks or arithmetic.
 """
 
 from __future__ import annotations
 
+import enum
 import weakref
-from typing import Any
 
 from torch import Tensor
 
+from .._base.torch_private import is_view, local_version, version
 
-class Owner:
-    """Counts the finished steps of one optimizer.
 
-    Closing the windows of all its parameters is one addition, not one write per parameter.
+class Clock:
+    """Counts the finished steps of one optimizer, and holds the λ of its next one.
+
+    Closing the windows of all its parameters is one addition, not one write for each.
+
+    Attributes:
+        steps: finished steps; a change ends every window of the clock.
+        finished: finished steps of the whole training, which a schedule of λ is a function of.
+        announced: False for an object whose steps torch does not announce.
+        weight_decay: λ of the parameters that have none of their own.
     """
 
-    __slots__ = ("finished", "heard", "steps")
+    __slots__ = ("__weakref__", "announced", "finished", "steps", "weight_decay")
 
-    def __init__(self, heard: bool = True, finished: int = 0) -> None:
-        self.steps = 0  # changes at the end of each window
-        self.finished = finished  # those of the whole training, for a schedule of λ
-        self.heard = heard  # False for an object whose steps nobody tells us of
+    def __init__(self, weight_decay: float = 0.0, announced: bool = True, finished: int = 0):
+        self.steps = 0
+        self.finished = finished
+        self.announced = announced
+        self.weight_decay = weight_decay
+
+
+class Evidence(enum.Enum):
+    """Facts about a window and the gradient that is there now."""
+
+    UNPAID = "no decay in this window"
+    CARRIED = "no decay in this window; the gradient and its version are those of the last payment"
+    SAME = "paid; the same buffer, changed by nothing but autograd's additions"
+    CHANGED = "paid; the same buffer, changed in another way, or in a way that leaves no version"
+    SUM = "paid; another buffer, which autograd made by adding to the one before"
+    FRESH = "paid; another buffer, which autograd has just made"
+    REPLACED = "paid once; another buffer, which somebody put there"
+    SEVERAL = "paid more than once, into several buffers; another one is there"
+    UNKNOWN = "somebody replaced the gradient, and autograd has added to the new one"
+
+
+class Answer(enum.Enum):
+    """Answers to both questions."""
+
+    PAY = "decay now"
+    PAID = "the decay is there"
+    ASK = "zeroed, or changed? look at other gradients"
+    TELL = "taken to be there; warn"
+    REFUSE = "nobody can tell: raise before the update"
+
+
+E, A = Evidence, Answer
+
+GRADIENT_COMES = {
+    E.UNPAID: A.PAY,
+    E.CARRIED: A.PAY,
+    E.SAME: A.PAID,
+    E.CHANGED: A.ASK,
+    E.SUM: A.PAID,
+    E.FRESH: A.PAY,
+    E.REPLACED: A.REFUSE,
+    E.SEVERAL: A.REFUSE,
+    E.UNKNOWN: A.REFUSE,
+}
+"""A hook has been called. The hook's own short cut and this table agree: tests/decay/test_window.py."""
+
+STEP_AFTER_HOOK = {
+    E.UNPAID: A.PAY,
+    E.CARRIED: A.TELL,
+    E.SAME: A.PAID,
+    E.CHANGED: A.PAID,
+    E.REPLACED: A.TELL,
+    E.SEVERAL: A.REFUSE,
+    E.UNKNOWN: A.REFUSE,
+}
+"""A step begins, and the parameter has a hook, which has seen its gradients."""
+
+STEP_ALONE = {
+    E.UNPAID: A.PAY,
+    E.CARRIED: A.TELL,
+    E.SAME: A.PAID,
+    E.CHANGED: A.PAY,
+    E.REPLACED: A.PAY,
+    E.SEVERAL: A.PAY,
+    E.UNKNOWN: A.REFUSE,
+}
+"""A step begins, and no hook has seen the gradients. Paid here means: by a step that raised or still runs."""
+
+
+SHRUNK_GRADIENT_COMES = dict.fromkeys(E, A.PAID) | {E.UNPAID: A.PAY, E.CARRIED: A.PAY}
+"""A hook has been called; the decay lives in the parameter."""
+
+SHRUNK_UNANNOUNCED = SHRUNK_GRADIENT_COMES | {E.FRESH: A.PAY, E.CHANGED: A.ASK}
+"""As above, for an optimizer whose steps nobody announces: a fresh or zeroed gradient tells of one."""
 
 
 class Window:
-    """Whether one parameter still has to be decayed before the next step of its owner."""
+    """The state of one parameter between two steps of its optimizer."""
 
-    __slots__ = ("__weakref__", "blind", "buffer", "local", "owner", "rows", "stamp", "version")
+    __slots__ = (
+        "__weakref__",
+        "blind",
+        "born",
+        "buffer",
+        "clock",
+        "counted",
+        "local",
+        "payments",
+        "rows",
+        "stamp",
+        "unknown",
+        "version",
+    )
 
-    def __init__(self, owner: Owner) -> None:
-        self.owner = owner
-        self.stamp = -1  # the value of `owner.steps` when the decay happened
-        self.buffer: Any = None  # weak reference to the gradient that holds the decay
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.stamp = -1  # the value of `clock.steps` at the last payment
+        self.buffer: weakref.ref[Tensor] | None = None  # the gradient of the last payment
         self.version = 0  # of that gradient, when it was last looked at
-        self.local = 0  # the version of its local shard, if it is sharded
-        self.blind = False  # zeroing it may leave no trace in its version
+        self.born = _NEVER  # the lowest version that a new gradient had
+        self.local = 0  # the version of its local shard, if it is a DTensor
+        self.payments = 0  # in this window, into whatever buffers
+        self.counted = -1  # the value of `clock.steps` that `payments` belongs to
+        self.unknown = False  # autograd has added to a gradient that somebody put there
+        self.blind = False  # zeroing may leave no version: a foreach kernel on a DTensor
         self.rows: Tensor | None = None  # sparse gradients: the rows that were decayed
 
     @property
-    def decayed(self) -> bool:
-        """Whether the decay of this window has happened."""
-        return self.stamp == self.owner.steps
+    def paid(self) -> bool:
+        """The decay of this window has been paid."""
+        return self.stamp == self.clock.steps
 
-    def mark(self, grad: Tensor) -> None:
-        """Note that the decay of this window has happened, and (if coupled) is in `grad`."""
-        self.stamp = self.owner.steps
-        self.buffer = weakref.ref(grad)
-        self.version = grad._version
+    def pay(self, grad: Tensor) -> None:
+        """Note a payment; `grad` is the gradient that was there."""
+        steps = self.clock.steps
+        self.payments = self.payments + 1 if self.counted == steps else 1
+        self.stamp = self.counted = steps
+        self.unknown = False
+        self.look(grad)
+
+    def look(self, grad: Tensor) -> None:
+        """Note the gradient and its version, so that later changes can be told."""
+        if self.buffer is None or self.buffer() is not grad:
+            self.buffer = weakref.ref(grad)
+        self.version = version(grad)
         self.local = local_version(grad)
 
-    def reopen(self) -> None:
-        """Forget the decay of this window: the buffer that held it was thrown away."""
+    def reopen(self, zeroed_in_place: bool = False) -> None:
+        """Forget the payment of this window: the decay was thrown away with the gradient.
+
+        Args:
+            zeroed_in_place: the decay is gone for certain. A buffer that autograd replaced may have been moved.
+        """
+        if zeroed_in_place:
+            self.payments = 0
         self.stamp = -1
         self.buffer = None
         self.rows = None
+        self.unknown = False
 
-    def move(self, owner: Owner) -> None:
+    def move(self, clock: Clock) -> None:
         """Let another optimizer close this window from now on."""
-        if owner is not self.owner:
-            self.stamp = owner.steps if self.decayed else -1
-            self.owner = owner
+        if clock is not self.clock:
+            self.stamp = clock.steps if self.paid else -1
+            self.counted = clock.steps if self.counted == self.clock.steps else -1
+            self.clock = clock
 
-    def holds(self, grad: Tensor) -> bool | None:
-        """Whether `grad`, just accumulated by autograd, already holds this window's decay.
+    # ---------------------------------------------------------------- evidence
 
-        Returns:
-            True if it does, False if it is fresh, and None if the buffer is the marked one but
-            something else changed it since: ``zero_grad(set_to_none=False)`` threw the decay
-            away, clipping or an all-reduce did not, and the buffer alone cannot tell.
+    def note_birth(self, grad: Tensor) -> None:
+        """Note the version of a gradient that is about to be paid into: that of a new one, or higher."""
+        if self.buffer is None or self.buffer() is not grad:
+            self.born = min(self.born, version(grad))
+
+    def when_gradient_comes(self, grad: Tensor) -> Evidence:
+        """Evidence after autograd has added to `grad`, for decay that lives in gradients.
+
+        Args:
+            grad: the gradient as it is in the hook.
         """
-        if not self.decayed:
-            return False
-        marked = self.buffer()
-        if grad._is_view():
-            # A slice of a flat buffer (DDP's bucket, FSDP's shard). All slices share one version
-            # counter, so it tells nothing, and DDP swaps a plain gradient for its slice unseen.
-            self.mark(grad)
-            return None
-        if marked is not grad:
-            if not _is_sum(grad):
-                return False
-            self.mark(grad)  # the step looks for this one
+        if not self.paid:
+            return E.UNPAID
+        if self.buffer is not None and self.buffer() is grad:
+            return self._of_same(grad)
+        if _is_sum(grad):
+            return E.SUM
+        if self._is_fresh(grad):
+            return E.FRESH
+        return E.UNKNOWN
+
+    def _is_fresh(self, grad: Tensor) -> bool:
+        """Tell a gradient that autograd has just made: nothing has changed it in place.
+
+        Autograd adds in place to a gradient that somebody has put there. Versions of new gradients start at 0, and
+        at 1 where torch.compile makes them. Sharded gradients (DTensor) are made by FSDP, and sparse ones by
+        additions out of place.
+        """
+        if type(grad) is not Tensor or grad.is_sparse:
             return True
-        changes, self.version = grad._version - self.version, grad._version
-        # Autograd's own accumulation is one change. FSDP2's is none: it is one of the local shard, which counts apart.
-        known, self.local = self.local, local_version(grad)
-        return True if changes <= (self.local == known) and not self.blind else None
+        return version(grad) <= (0 if self.born is _NEVER else self.born)
+
+    def _of_same(self, grad: Tensor) -> Evidence:
+        """Evidence where the buffer is the one that was paid into, and autograd has added to it."""
+        if self.unknown:
+            return E.UNKNOWN
+        if is_view(grad) or self.blind:
+            return E.CHANGED  # slices of one buffer share a version, which tells nothing of one
+        # Autograd's addition is one change. FSDP2's is none: it changes the local shard, which counts apart.
+        expected = 1 if local_version(grad) == self.local else 0
+        return E.SAME if version(grad) - self.version <= expected else E.CHANGED
+
+    def when_step_begins(self, grad: Tensor) -> Evidence:
+        """Evidence as a step begins, for decay that lives in gradients."""
+        same = self.buffer is not None and self.buffer() is grad
+        unchanged = same and self.version == version(grad)
+        if not self.paid:
+            return E.CARRIED if unchanged else E.UNPAID
+        if self.unknown:
+            return E.UNKNOWN
+        if same:
+            return E.SAME if unchanged else E.CHANGED
+        return E.REPLACED if self.payments == 1 else E.SEVERAL
 
     def was_touched(self, grad: Tensor) -> bool:
-        """Whether the marked buffer is still in place but was changed since it was looked at."""
-        marked = self.buffer() if self.decayed else None
-        if grad._is_view():
-            return self.decayed
-        return marked is grad and (self.blind or grad._version != self.version)
-
-
-def local_version(grad: Tensor) -> int:
-    """The version of what this rank holds of a sharded gradient (DTensor); 0 for any other."""
-    local = getattr(grad, "_local_tensor", None)
-    return 0 if local is None else local._version
+        """The paid buffer is in its place, and was changed since the last look."""
+        if not self.paid:
+            return False
+        if is_view(grad):
+            return True
+        same = self.buffer is not None and self.buffer() is grad
+        return same and (self.blind or version(grad) != self.version)
 
 
 def _is_sum(grad: Tensor) -> bool:
-    """Whether autograd made `grad` by adding to an older one out of place.
+    """Tell a gradient that autograd made by adding to an older one out of place.
 
-    It does so under ``backward(create_graph=True)``, where a *first* gradient is a copy instead.
+    Autograd does so under ``backward(create_graph=True)``, where a *first* gradient is a copy instead.
     """
     return grad.grad_fn is not None and grad.grad_fn.name() == "AddBackward0"
+
+
+_NEVER = 1 << 60  # a version that no gradient has

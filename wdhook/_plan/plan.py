@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import nn
 
 from .._base.errors import WdhookError
 from .._base.validate import check_factor
-from .._roles.marks import bare_name
 from .decision import Decision
 from .table import diff_table, plan_table
 
@@ -86,19 +85,10 @@ class Plan(Mapping[str, Decision]):
 
         return Plan(self._weight_decay, {name: own(d) for name, d in self.items()}, self._model())
 
-    def extended(self, newer: Iterable[Decision]) -> Plan:
-        """This plan, and after it the decisions on parameters that it does not know.
-
-        One that it knows by another name keeps its exemption or absolute λ: a parametrization moves ``weight`` to
-        ``parametrizations.weight.original``, an adapter to ``base_layer.weight``; removing them moves it back.
-        """
-        known = {_former_name(name): decision for name, decision in self.items()}
-        more = {
-            d.name: _inheriting(d, known.get(_former_name(d.name)))
-            for d in newer
-            if d.name not in self
-        }
-        return Plan(self._weight_decay, {**self, **more}, self._model())
+    def renamed(self, decisions: Mapping[str, Decision]) -> Plan:
+        """The same decisions on a model that has changed: name now → decision, under whatever name it was made."""
+        own = {n: d if d.name == n else _under(n, d) for n, d in decisions.items()}
+        return Plan(self._weight_decay, own, self._model())
 
     def diff(self, other: Mapping[str, Decision]) -> PlanDiff:
         """What two plans decide differently, with both reasons; ``print`` it, or iterate.
@@ -174,22 +164,25 @@ class PlanDiff(Mapping[str, "tuple[Decision | None, Decision | None]"]):
         return f"PlanDiff({len(self)} tensors, {self.numel} elements)"
 
 
-def _former_name(name: str) -> str:
-    """The name before anything renamed the parameter."""
-    return re.sub(
-        _RENAMED,
-        lambda found: found["local"] or found["pruned"] or found["normed"] or "",
-        bare_name(name),
-    )
+def former_name(name: str) -> str:
+    """The name before a parametrization, pruning, a norm of weights or an adapter renamed the parameter."""
+    return re.sub(_RENAMED, _former_part, name)
 
 
-def _inheriting(new: Decision, old: Decision | None) -> Decision:
-    """`new`, with the exemption or absolute λ that its parameter had under another name."""
+def _former_part(found: re.Match[str]) -> str:
+    return found["local"] or found["pruned"] or found["normed"] or ""
+
+
+def inherited(new: Decision, old: Decision | None) -> Decision:
+    """`new`, with the exemption or the absolute λ that the parameter had under its former name."""
     if old is None or old.follows or not new.eligible:
         return new
-    return replace(
-        new, weight_decay=old.weight_decay, follows=False, reason=f"was {old.name}: {old.reason}"
-    )
+    reason = f"was {old.name}: {old.reason}"
+    return replace(new, weight_decay=old.weight_decay, follows=False, reason=reason)
+
+
+def _under(name: str, decision: Decision) -> Decision:
+    return replace(decision, name=name, reason=f"was {decision.name}: {decision.reason}")
 
 
 def _λ(decision: Decision | None) -> float | None:

@@ -1,14 +1,8 @@
-r"""The formulas of decay, one each, on single tensors and on lists.
+"""Arithmetic in place, on single tensors and on lists: dense, sparse and sharded.
 
-========== ===================================== ==================================================
-coupled    g ← g + λ·p                           L2: Krogh & Hertz 1991; `torch.optim.SGD`, `Adam`
-decoupled  p ← p·(1 − lr·λ)                      Loshchilov & Hutter 2019; `torch.optim.AdamW`
-independent p ← p·(1 − (lr/lr_peak)·λ)           Loshchilov & Hutter 2019, eq. 12 with η_t = lr/lr_peak
-========== ===================================== ==================================================
-
-Everything happens in place, on the tensors' own device, without a synchronisation and, for dense
-tensors, without memory. The operations are those that `torch.optim` uses, so results agree to the
-last bit. Callers turn grad mode off.
+Everything happens on the tensors' own device, without a synchronisation and, for dense tensors,
+without memory. The operations are those of `torch.optim`, so results agree to the last bit.
+Callers turn grad mode off.
 """
 
 from __future__ import annotations
@@ -20,15 +14,6 @@ from torch import Tensor
 
 Number = float | Tensor
 """A Python number, or a 0-dim tensor that stays on its device."""
-
-
-def factor(lr: Number, weight_decay: float, peak: Number | None = None) -> Number:
-    """What decoupled (or, with `peak`, independent) decay multiplies a parameter with."""
-    if peak is None:
-        return 1 - lr * weight_decay
-    if isinstance(peak, Tensor):
-        return 1 - torch.where(peak > 0, lr / peak, 0.0) * weight_decay
-    return 1 - (lr / peak) * weight_decay if peak else 1.0  # a warm-up that starts at 0
 
 
 def unless(found_inf: Tensor, value: Number) -> Tensor:
@@ -120,6 +105,14 @@ def use_foreach(asked: bool | None, params: list[Tensor]) -> bool:
 def _foreach_rounds(param: Tensor) -> bool:
     """Whether foreach kernels round a Python number to the precision of the tensor first, as those of the CPU do."""
     return param.is_cpu and param.dtype in (torch.float16, torch.bfloat16)
+
+
+def is_writable(grad: Tensor) -> bool:
+    """Tell a gradient that can be changed in place.
+
+    Not one made in inference mode, nor one expanded from fewer numbers.
+    """
+    return not grad.is_inference() and (grad.is_contiguous() or 0 not in grad.stride())
 
 
 def content(grad: Tensor) -> Tensor | None:

@@ -1,0 +1,27 @@
+"""One thing that is wrong, as data: what errors, warnings and the doctor's findings carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: the broken rule, the facts, and the call that mends it.
+
+    Attributes:
+        what: the broken rule, in a sentence or two.
+        facts: labels and values, in the order of the message.
+        fix: the call or the change that mends it.
+        parameters: names of the parameters concerned.
+    """
+
+    what: str
+    fix: str
+    facts: Mapping[str, object] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        facts = [f"  {label}: {value}" for label, value in self.facts.items()]
+        return "\n".join([self.what, *facts, f"  {self.fix}"])

@@ -1,0 +1,95 @@
+"""What a formula of decay is: the number that is written with, and the writing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .. import tensors
+from ..entry import Due
+from ..tensors import Number
+
+Rest = Callable[[], None]
+"""The part of a payment that comes after the optimizer's update."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """The numbers of one payment.
+
+    Attributes:
+        weight_decay: λ.
+        lr: learning rate; None for a formula that needs none.
+        peak: largest learning rate so far; None for a formula that needs none.
+        sign: -1.0 for an optimizer that maximizes, which negates the gradient.
+    """
+
+    weight_decay: float
+    lr: Number | None = None
+    peak: Number | None = None
+    sign: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """The circumstances of one payment.
+
+    Attributes:
+        foreach: as in torch.optim: None chooses, True forces, False forbids.
+        scale: the factor (0-dim tensor) that the gradients hold still; None stands for 1.
+        found_inf: 0-dim tensor of a fused optimizer; not 0 where it will skip the step.
+    """
+
+    foreach: bool | None = None
+    scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+class Formula:
+    """One kind of decay. To add one: one file with a subclass, and its row in `FORMULAS`.
+
+    Attributes:
+        name: the `mode` of `attach`.
+        in_gradient: True where the decay is added to gradients and shares their fate; False where it changes
+            parameters.
+        needs_lr: `Rates.lr` is read.
+        needs_peak: `Rates.peak` is read.
+    """
+
+    name: str
+    in_gradient: bool
+    needs_lr: bool = False
+    needs_peak: bool = False
+
+    def number(self, rates: Rates) -> Number:
+        """The number that is written with. All numbers of a step are computed before the first is used."""
+        raise NotImplementedError
+
+    def pay_(self, due: Due, number: Number, how: How) -> Rest | None:
+        """Decay the parameters of `due`, whose gradients are dense or sparse.
+
+        Returns:
+            What is to be done after the optimizer's update, if the step is taken; None where nothing is.
+        """
+        raise NotImplementedError
+
+
+class Shrinking(Formula):
+    """A formula that multiplies parameters: p ← number·p."""
+
+    in_gradient = False
+    needs_lr = True
+
+    def pay_(self, due: Due, number: Number, how: How) -> Rest | None:
+        """Multiply each parameter; of one with a sparse gradient, the rows that have a gradient."""
+        if how.found_inf is not None:
+            number = tensors.unless(how.found_inf, number)
+        dense, sparse = due.split_sparse() if due.has_sparse() else (due, None)
+        foreach = tensors.use_foreach(how.foreach, dense.params)
+        tensors.mul_all_(dense.params, number, foreach)
+        for param, grad, entry in () if sparse is None else sparse:
+            seen = entry.rows if entry.paid else None
+            entry.rows = tensors.mul_rows_(grad, param, number, seen)
+        return None

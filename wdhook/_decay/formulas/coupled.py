@@ -1,0 +1,47 @@
+"""Coupled decay: g ← g + λ·p, L2 regularization (Krogh & Hertz 1991; `torch.optim.SGD`, `Adam`)."""
+
+from __future__ import annotations
+
+from .. import tensors
+from ..entry import Due
+from ..tensors import Number
+from .base import Formula, How, Rates, Rest
+
+
+class Coupled(Formula):
+    """g ← g + λ·p, as if ½·λ·‖p‖² had been added to the loss."""
+
+    name = "coupled"
+    in_gradient = True
+
+    def number(self, rates: Rates) -> Number:
+        """λ, negative for an optimizer that maximizes: it negates the gradient, and weights shrink still."""
+        return rates.sign * rates.weight_decay
+
+    def pay_(self, due: Due, number: Number, how: How) -> Rest | None:
+        """Add to each gradient, times the factor of the loss."""
+        assert isinstance(number, float)
+        dense, sparse = due.split_sparse() if due.has_sparse() else (due, None)
+        foreach = tensors.use_foreach(how.foreach, dense.params)
+        if all(map(tensors.is_writable, dense.grads)):
+            tensors.add_all_(dense.grads, dense.params, number, how.scale, foreach)
+        else:
+            _replace(dense, number, how)
+        for param, grad, entry in () if sparse is None else sparse:
+            seen = entry.rows if entry.paid else None
+            amount = tensors.scaled(number, how.scale)
+            entry.rows = tensors.add_rows_(grad, param, amount, seen)
+        for entry in due.entries:
+            entry.number = number if how.scale is None else None
+        return None
+
+
+def _replace(due: Due, number: float, how: How) -> None:
+    """Give each parameter a new gradient with the decay; a gradient made in inference mode cannot be changed."""
+    for param in due.params:
+        grad = param.grad
+        assert grad is not None
+        grad = grad.clone()
+        tensors.add_(grad, param, number, how.scale)
+        param.grad = grad
+    due.grads[:] = [param.grad for param in due.params]  # type: ignore[misc]

@@ -1,0 +1,240 @@
+"""The parameters of one attached model: what was decided for each tensor, and the entries of the decayed ones.
+
+A decision belongs to a tensor, whatever the tensor is called later. A tensor is recognised
+
+1. by itself: the same object, in the same place or with the same memory;
+2. by its place: another tensor of the same shape under the same local name of the same module
+   (``load_state_dict(assign=True)``, sharding, conversion, materialisation);
+3. by its name: the tensor that had the name is gone from the model, and owner type and shape are the same
+   (a module that was replaced by a copy).
+
+Any other tensor is decided when it is met, by what it is then.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
+
+from .._base.torch_private import is_storage_of, storage_of
+from .._plan.decision import Decision
+from .._plan.plan import Plan, former_name, inherited
+from .._roles.marks import is_flattened
+from .entry import Entry, Terms
+from .model_ref import ModelRef
+
+_FLATTENED = "_fsdp_wrapped_module."  # FSDP1 shows parts of its flat parameter, of any shape
+
+
+class Known:
+    """A tensor that was decided: the decision, and the marks by which it is recognised."""
+
+    __slots__ = ("decision", "key", "kind", "local", "memory", "module", "shape")
+
+    def __init__(self, decision: Decision, found: Found) -> None:
+        self.decision = decision
+        self.settle(found)
+
+    def settle(self, found: Found) -> None:
+        """Note where the tensor is now."""
+        self.key = id(found.param)
+        self.module = weakref.ref(found.module)
+        self.local = found.local
+        self.kind = type(found.module).__qualname__
+        self.shape = _shape(found.param)
+        self.memory: StorageWeakRef | None = storage_of(found.param)
+
+    def is_tensor(self, found: Found) -> bool:
+        """Tell the very tensor. An id alone may have been given to another one since."""
+        if self.key != id(found.param):
+            return False
+        return self.is_place(found) or is_storage_of(self.memory, found.param)
+
+    def is_place(self, found: Found) -> bool:
+        """Tell the place: the same local name of the same module."""
+        return self.local == found.local and self.module() is found.module
+
+    def fits(self, found: Found) -> bool:
+        """Tell a tensor that may have replaced this one: owner type and global shape are the same."""
+        kinds = {
+            kind.__qualname__ for kind in type(found.module).__mro__
+        }  # FSDP2 makes sub-classes
+        if self.kind not in kinds:
+            return False
+        if _FLATTENED in found.name or is_flattened(found.param) or not self.shape:
+            return True
+        return self.shape == _shape(found.param)
+
+
+class Found:
+    """A parameter of the model as it is now."""
+
+    __slots__ = ("local", "module", "name", "param")
+
+    def __init__(self, name: str, module: nn.Module, local: str, param: nn.Parameter) -> None:
+        self.name = name
+        self.module = module
+        self.local = local
+        self.param = param
+
+
+class Parameters:
+    """What was decided for each tensor of a model, and the entry of each decayed one."""
+
+    def __init__(
+        self,
+        model_ref: ModelRef,
+        plan: Plan,
+        replan: Callable[[nn.Module, float], Plan],
+        new_entry: Callable[[Decision], Entry],
+    ) -> None:
+        self._model_ref = model_ref
+        self._plan = plan
+        self._replan = replan
+        self._new_entry = new_entry
+        self._known: dict[int, Known] = {}
+        self._entries: weakref.WeakValueDictionary[int, Entry] = weakref.WeakValueDictionary()
+        self._unowned_terms: dict[Any, Terms] = {}
+        for found in self.walk():
+            decision = plan.get(found.name)
+            if decision is not None:
+                self._known[id(found.param)] = Known(decision, found)
+
+    # ---------------------------------------------------------------- the model
+
+    def walk(self) -> Iterator[Found]:
+        """Every parameter of the model as it is now, once, in the order of `named_parameters`."""
+        seen: set[int] = set()
+        for path, module in self._model_ref.model().named_modules():
+            for local, param in module._parameters.items():
+                if param is not None and id(param) not in seen:
+                    seen.add(id(param))
+                    yield Found(f"{path}.{local}" if path else local, module, local, param)
+
+    def decided(self) -> dict[int, Known]:
+        """id → what was decided, for every parameter of the model now; new tensors are decided by this call."""
+        found = list(self.walk())
+        result: dict[int, Known] = {}
+        strangers = []
+        for one in found:
+            known = self._known.get(id(one.param))
+            if known is not None and known.is_tensor(one):
+                if not known.is_place(one):
+                    known.settle(one)
+                result[id(one.param)] = known
+            else:
+                strangers.append(one)
+        if strangers:
+            result |= self._decide(strangers, set(map(id, result.values())))
+            self._known |= result
+        return result
+
+    def _decide(self, strangers: list[Found], taken: set[int]) -> dict[int, Known]:
+        """Decisions on tensors that were not recognised by themselves.
+
+        Args:
+            strangers: those tensors.
+            taken: ids of what is known of the tensors that were recognised.
+        """
+        model = self._model_ref.model()
+        paths = dict(model.named_modules())
+        gone = [known for known in self._known.values() if id(known) not in taken]
+        places = {(id(module), k.local): k for k in gone if (module := k.module()) is not None}
+        names = {known.decision.name: known for known in gone}
+        undone = {former_name(name): known for name, known in names.items()}
+        newer: Plan | None = None
+        result: dict[int, Known] = {}
+        for one in strangers:
+            before = places.get((id(one.module), one.local)) or names.get(one.name)
+            if before is not None and before.fits(one):
+                result[id(one.param)] = Known(before.decision, one)
+                continue
+            if newer is None:
+                newer = self._replan(model, self._plan.weight_decay)
+            former = former_name(one.name)
+            above, _, local = former.rpartition(".")
+            old = places.get((id(paths.get(above)), local)) or undone.get(former)
+            renamed = old is not None and old.decision.name != one.name
+            decision = inherited(newer[one.name], old.decision if renamed else None)
+            result[id(one.param)] = Known(decision, one)
+        return result
+
+    # ---------------------------------------------------------------- decisions
+
+    def plan(self, weight_decay: float) -> Plan:
+        """The decisions on the model as it is now, by the names that parameters have now."""
+        if not self._model_ref.is_alive():
+            return self._plan.scaled_to(weight_decay)
+        found = {id(one.param): one.name for one in self.walk()}
+        known = self.decided()
+        renamed = {found[key]: k.decision for key, k in known.items() if key in found}
+        if list(renamed.items()) == list(self._plan.items()):
+            plan = self._plan
+        else:
+            plan = self._plan.renamed(renamed)
+        return plan if plan.weight_decay == weight_decay else plan.scaled_to(weight_decay)
+
+    def governed(self) -> dict[int, str]:
+        """id → name of every parameter that is decayed, or would be once it is trained."""
+        result = {key: k.decision.name for key, k in self.decided().items() if k.decision.eligible}
+        for key, entry in list(self._entries.items()):
+            result.setdefault(key, entry.name)
+        return result
+
+    # ---------------------------------------------------------------- entries
+
+    def entry(self, param: Tensor) -> Entry | None:
+        """The entry of a parameter that is hooked or has been stepped."""
+        return self._entries.get(id(param))
+
+    def entries(self) -> list[Entry]:
+        """Every entry."""
+        return list(self._entries.values())
+
+    def track(self, param: Tensor, known: Known | None) -> Entry | None:
+        """The entry of a parameter, made if there is none yet; None for an exempt parameter."""
+        entry = self._entries.get(id(param))
+        if entry is not None:
+            return entry
+        if known is None or not known.decision.eligible:
+            return None
+        entry = self._entries[id(param)] = self._new_entry(known.decision)
+        if not is_lazy(param):
+            entry.terms = self.unowned_terms(entry, param)
+        return entry
+
+    def unowned_terms(self, entry: Entry, param: Tensor) -> Terms:
+        """The terms of a parameter of which no optimizer is known."""
+        key = (id(entry.clock), *Terms.key(None, entry, param))
+        terms = self._unowned_terms.get(key)
+        if terms is None:
+            terms = self._unowned_terms[key] = Terms(entry.clock, None, entry, param)
+        return terms
+
+    def pairs(self) -> Iterator[tuple[Tensor, Entry]]:
+        """Every parameter of the model that has an entry, with the entry."""
+        for one in self.walk():
+            entry = self._entries.get(id(one.param))
+            if entry is not None:
+                yield one.param, entry
+
+    def clear(self) -> None:
+        """Remove every hook, and forget every entry."""
+        for entry in self.entries():
+            if entry.handle is not None:
+                entry.handle.remove()
+        self._entries.clear()
+        self._unowned_terms.clear()
+
+
+def _shape(param: Tensor) -> tuple[int, ...]:
+    """Global shape; () for an uninitialized parameter. ZeRO-3 keeps the true shape in `ds_shape`."""
+    if is_lazy(param):
+        return ()
+    shape = getattr(param, "ds_shape", None)
+    return tuple(param.shape if shape is None else shape)

@@ -1,0 +1,256 @@
+"""Decay in the backward pass: hooks note parameters, and one payment for all of them comes at the end.
+
+A hook does not write. Its first call in a pass lets autograd make a call at the end, after the calls of
+DistributedDataParallel and FSDP, which write averaged gradients: so decay is added once, after averaging, as
+`torch.optim` does it. Where the end would be too late the hook pays at once: where another post-accumulate hook of
+the parameter may step it, under compiled autograd, and outside of a backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from .._base.torch_private import (
+    at_the_end_of_the_pass,
+    graph_task_id,
+    hooks_of,
+    in_compiled_autograd,
+    is_view,
+    never_compiled,
+    register_first,
+)
+from . import tensors
+from .entry import Due, Entry
+from .formulas import How
+from .optimizers import decays_itself
+from .payment import pay
+from .rules.base import Facts, Rules
+from .state import State
+from .unannounced import Unannounced
+from .window import (
+    GRADIENT_COMES,
+    SHRUNK_GRADIENT_COMES,
+    SHRUNK_UNANNOUNCED,
+    Answer,
+    Clock,
+    Evidence,
+)
+from .zeroing import Witness, is_distributed
+
+Note = tuple[Tensor, "Hook", int]
+"""A parameter, its hook, and the steps of its clock when the gradient came."""
+
+
+class Hook(Entry):
+    """An entry that is itself the hook of its parameter, which owns it. Keeps the passes alive."""
+
+    __slots__ = ("passes",)
+
+    def __init__(self, name: str, own: float | None, clock: Clock, passes: Passes) -> None:
+        super().__init__(name, own, clock)
+        self.passes = passes
+
+    @never_compiled
+    def __call__(self, param: Tensor) -> None:
+        """Note `param`, into whose gradient autograd has just accumulated."""
+        passes = self.passes
+        notes = passes.notes.get(graph_task_id())
+        if notes is None:
+            notes = passes.begin(param, self)
+        if self.stamp == self.clock.steps:
+            passes.look(self, param)
+        notes.append((param, self, self.clock.steps))
+        if passes.others and len(hooks_of(param)) > 1:
+            passes.pay_now(notes)
+
+
+class Sentinel:
+    """A hook on one of a few parameters, where decay waits for a step: notices that none is announced."""
+
+    __slots__ = ("handle", "name", "unannounced")
+
+    def __init__(self, name: str, unannounced: Unannounced) -> None:
+        self.name = name
+        self.unannounced = unannounced
+        self.handle: Any = None
+
+    @never_compiled
+    def __call__(self, param: Tensor) -> None:
+        """Look at the parameter."""
+        self.unannounced.look(self, param)
+        self.unannounced.remember(self, param)
+
+
+class Passes:
+    """The backward passes of one handle.
+
+    Attributes:
+        notes: for each backward pass that runs, what its hooks have noted.
+        others: parameters may have post-accumulate hooks of others, which may step them.
+        unannounced: notices steps that torch's hooks do not announce.
+        waiting: backward passes since the last announced step.
+    """
+
+    def __init__(self, state: State, rules: Rules) -> None:
+        self._state = state
+        self._rules = rules
+        self._witness = Witness(state, rules)
+        self._sentinels: list[Sentinel] = []
+        self.notes: dict[int, list[Note]] = {}
+        self.others = True
+        self.unannounced = Unannounced(state, rules)
+        self.waiting = 0
+
+    # ---------------------------------------------------------------- hooks
+
+    def cover(self, param: Tensor, entry: Entry) -> None:
+        """Register the hook of a parameter that has none and can have one."""
+        if not isinstance(entry, Hook) or entry.handle is not None:
+            return  # others are decayed at their first step, then hooked
+        if param.requires_grad and param.is_leaf and not is_lazy(param):
+            entry.handle = register_first(param, entry)
+
+    def watch(self, name: str, param: Tensor) -> None:
+        """Put a sentinel on a parameter."""
+        sentinel = Sentinel(name, Unannounced(self._state, self._rules))
+        sentinel.handle = register_first(param, sentinel)
+        self._sentinels.append(sentinel)
+
+    def dismiss(self) -> None:
+        """Remove the sentinels: a step was announced, or the handle is closed."""
+        while self._sentinels:
+            self._sentinels.pop().handle.remove()
+
+    # ---------------------------------------------------------------- in a pass
+
+    def begin(self, param: Tensor, hook: Hook) -> list[Note]:
+        """A list for the notes of a pass that has just called its first hook."""
+        self.waiting += 1
+        self.unannounced.look(hook, param)
+        if self.waiting > _PATIENCE and self._state.config.schedule is not None:
+            self._rules.tell("schedule-waits", Facts(self._state))
+        task = graph_task_id()
+        self.others = not is_distributed()
+        if task < 0 or in_compiled_autograd():
+            return _AtOnce(self)
+        notes = self.notes.setdefault(task, [])
+        at_the_end_of_the_pass(lambda: self.end(task))
+        return notes
+
+    def look(self, hook: Hook, param: Tensor) -> None:
+        """A gradient has come to a parameter that is paid: reopen its window if that decay is gone."""
+        grad = param.grad
+        if grad is None:
+            return
+        evidence = hook.when_gradient_comes(grad)
+        in_gradient = self._state.config.in_gradient
+        answer = self._table(hook)[evidence]
+        zeroed = answer is Answer.ASK and self._witness.says_zeroed(hook, grad)
+        if answer is Answer.PAY or zeroed:
+            if hook.rows is not None and not grad.is_sparse:
+                self._tell("sparse-then-dense", hook)
+            no_graph = torch.is_grad_enabled() and not grad.requires_grad
+            if evidence is Evidence.FRESH and in_gradient and no_graph:
+                self._tell("sums-without-graph", hook)
+            hook.reopen(zeroed_in_place=zeroed)
+        elif answer is Answer.REFUSE:
+            hook.unknown = True
+        elif in_gradient:
+            hook.look(grad)  # now: a pass that raises has no end
+            if answer is Answer.ASK and not (is_view(grad) or hook.blind or is_distributed()):
+                self._tell("changed-between", hook)
+        else:
+            self._tell("second-gradient", hook)
+
+    def _table(self, hook: Hook) -> dict[Evidence, Answer]:
+        if self._state.config.in_gradient:
+            return GRADIENT_COMES
+        return SHRUNK_GRADIENT_COMES if hook.clock.announced else SHRUNK_UNANNOUNCED
+
+    def _tell(self, rule: str, hook: Hook) -> None:
+        self._rules.tell(rule, Facts(self._state, entry=hook))
+
+    # ---------------------------------------------------------------- payment
+
+    @never_compiled
+    def end(self, task: int) -> None:
+        """Pay for what a pass has noted."""
+        notes = self.notes.pop(task, None)
+        if notes:
+            self.pay(notes)
+
+    def pay_now(self, notes: list[Note]) -> None:
+        """Pay for the last note: another hook of the parameter comes next, and may step it."""
+        if notes:
+            self.pay([notes.pop()])
+
+    def forget(self) -> None:
+        """Forget the notes of passes that raised: no pass runs while an optimizer of another thread steps."""
+        self.notes.clear()
+
+    def pay(self, notes: list[Note]) -> None:
+        """Pay for noted parameters whose gradient is there and holds no decay."""
+        state = self._state
+        dues: dict[int, Due] = {}
+        for param, hook, steps in notes:
+            grad = param.grad
+            if hook.clock.steps != steps:
+                continue  # stepped meanwhile, and decayed by that step
+            if grad is None:
+                state.taken.add(hook.name)
+                continue
+            if hook.stamp == steps and not grad.is_sparse:
+                hook.look(grad)  # averaged since, or moved into a bucket
+                continue
+            due = dues.get(id(hook.terms))
+            if due is None:
+                due = dues[id(hook.terms)] = Due(hook.terms)
+            hook.note_birth(grad)
+            due.add(param, grad, hook)
+        if not state.pauses and dues:
+            pay(state, self._payable(dues), self._how)
+        param, hook, _ = notes[0]
+        self.unannounced.remember(hook, param)
+
+    def _payable(self, dues: dict[int, Due]) -> list[Due]:
+        """What can be paid now. A group that the optimizer decays itself is refused by its step."""
+        if self._state.config.in_gradient:
+            return list(dues.values())
+        self._refresh()
+        again: dict[int, Due] = {}
+        for due in dues.values():  # a param group may have changed since
+            for param, grad, entry in due:
+                known = entry.terms.owner_group()
+                if known is None or not decays_itself(known[1]):
+                    again.setdefault(id(entry.terms), Due(entry.terms)).add(param, grad, entry)
+        return list(again.values())
+
+    def _refresh(self) -> None:
+        """Look again at optimizers whose groups have changed: a learning rate belongs to a group."""
+        for optimizer in self._state.optimizers.met():
+            self._state.optimizers.meet(optimizer)
+
+    def _how(self, due: Due) -> How:
+        config = self._state.config
+        scale = None
+        if config.in_gradient:
+            scale = tensors.loss_scale(config.scaler, due.grads[0].device)
+        return How(config.foreach, scale)
+
+
+class _AtOnce(list[Note]):
+    """Notes that are paid for as they come."""
+
+    def __init__(self, passes: Passes) -> None:
+        super().__init__()
+        self._passes = passes
+
+    def append(self, note: Note) -> None:
+        self._passes.pay([note])
+
+
+_PATIENCE = 1000  # passes: more than anybody accumulates, or looks at before training

@@ -1,0 +1,204 @@
+"""Rules about the optimizer that steps: its own decay, its learning rate, its kind of update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..._base.problem import Problem
+from ..._base.torch_private import micro_batches, pipeline_schedules, stages
+from ..._base.validate import is_number
+from ..entry import Entry, Terms
+from ..living import living
+from ..optimizers import (
+    decays_itself,
+    innermost,
+    keeps_two_sequences,
+    learning_rate,
+    maximizes,
+    only_accumulates,
+    two_sequences,
+    would_decouple,
+)
+from ..ownership import Bucket, View
+from ..rate import check_lr
+from .base import Facts
+
+
+def own_decay(facts: Facts) -> Iterator[Problem]:
+    """Find param groups that the optimizer decays, and that hold decayed parameters."""
+    for index, buckets in enumerate(facts.owned.buckets):
+        active = first_active(buckets)
+        if active is None:
+            continue
+        group = facts.optimizer.param_groups[index]
+        for where, own in _own_decays(facts.optimizer, facts.owned, index, group):
+            yield _double(facts, f"{where} = {own}", *active)
+
+
+def _own_decays(
+    optimizer: Any, view: View, index: int, group: dict[str, Any]
+) -> Iterator[tuple[str, object]]:
+    if decays_itself(group):
+        yield f"param_groups[{index}]['weight_decay']", group["weight_decay"]
+        return
+    if view.clock.announced:
+        return
+    # No announced step will show it, so other names count too: fastai's, and LOMO's attribute.
+    places = (f"param_groups[{index}]['wd']", "optimizer.weight_decay")
+    values = (group.get("wd"), getattr(optimizer, "weight_decay", None))
+    for place, value in zip(places, values, strict=True):
+        if is_number(value) and value:
+            yield place, value
+
+
+def _double(facts: Facts, where: str, terms: Terms, param: Any, entry: Entry) -> Problem:
+    return Problem(
+        "The optimizer decays a parameter that wdhook decays too.",
+        "Construct the optimizer with weight_decay=0, or let wdhook take over before it is attached: "
+        "wdhook.adopt(model, optimizer). With this handle: for group in optimizer.param_groups: "
+        'group["weight_decay"] = 0.0. A loaded optimizer checkpoint brings its weight_decay back: '
+        "set it to 0 after optimizer.load_state_dict(...)",
+        {
+            "parameter": facts.state.describe(entry.name, param),
+            "optimizer": f"{facts.optimizer_name}, {where}",
+            "wdhook": f"weight_decay = {terms.weight_decay:g}",
+        },
+        (entry.name,),
+    )
+
+
+def first_active(buckets: list[Bucket]) -> tuple[Terms, Any, Entry] | None:
+    """A parameter of a param group that is decayed with a λ other than 0, if there is one."""
+    for terms, pairs in buckets:
+        if terms.weight_decay:
+            return terms, *pairs[0]
+    return None
+
+
+def lr_is_known(facts: Facts) -> Iterator[Problem]:
+    """Raise what `learning_rate` raises, for each param group with a decayed parameter."""
+    lr = facts.state.config.lr
+    for index, buckets in enumerate(facts.owned.buckets):
+        if first_active(buckets) is not None:
+            group = facts.optimizer.param_groups[index]
+            check_lr(learning_rate(group, lr), group)
+    yield from ()
+
+
+class LrIsThatOfTheStep:
+    """Finds decay in the backward that has read the learning rate of another optimizer than the one that steps."""
+
+    def __call__(self, facts: Facts) -> Iterator[Problem]:
+        """Compare the two rates of each parameter that was decayed."""
+        given = facts.state.config.lr
+        if is_number(given) or len(facts.state.optimizers.met()) < 2:
+            return
+        for index, buckets in enumerate(facts.owned.buckets):
+            group = facts.optimizer.param_groups[index]
+            for _, pairs in buckets:
+                for param, entry in pairs:
+                    known = entry.terms.group()
+                    if not entry.paid or known is None or known[0] is facts.optimizer:
+                        continue
+                    read, own = learning_rate(known[1], given), learning_rate(group, given)
+                    if read != own:
+                        yield Problem(
+                            "Decay in the backward has read the learning rate of another optimizer than the one "
+                            "that steps.",
+                            'Use attach(..., at="step"), or attach again with optimizer= the one that steps',
+                            {
+                                "parameter": facts.state.describe(entry.name, param),
+                                "read from": f"{type(known[0]).__name__}, lr {float(read):g}",
+                                "steps": f"{facts.optimizer_name}, lr {float(own):g}",
+                            },
+                            (entry.name,),
+                        )
+
+
+def takes_micro_batches(facts: Facts) -> Iterator[Problem]:
+    """Find an optimizer that accumulates gradients in its state."""
+    if only_accumulates(facts.optimizer):
+        yield Problem(
+            "The optimizer takes the gradients of several backward passes into its state before it steps "
+            "(`optimizer_accumulation`): a decay in each of them is several decays.",
+            'Use attach(..., at="step")',
+            {"optimizer": facts.optimizer_name},
+        )
+
+
+def has_two_sequences(facts: Facts) -> Iterator[Problem]:
+    """Find an optimizer that keeps two sequences of weights."""
+    for inner in innermost(facts.optimizer):
+        if keeps_two_sequences(inner):
+            yield two_sequences(inner)
+
+
+def differentiates_gradients(facts: Facts) -> Iterator[Problem]:
+    """Find gradients that hold their graph: the optimizer needs the parameters as they were."""
+    for _, pairs in facts.owned.all_buckets():
+        param, entry = pairs[0]
+        if param.grad is not None and param.grad.requires_grad:
+            yield Problem(
+                "The gradients hold their graph (backward(create_graph=True)), and the optimizer may differentiate "
+                "them in its step (AdaHessian, SophiaH): decay before that changes what they depend on.",
+                'Use mode="coupled"',
+                {"parameter": entry.name, "optimizer": facts.optimizer_name},
+                (entry.name,),
+            )
+
+
+def sign_has_turned(facts: Facts) -> Iterator[Problem]:
+    """Find gradients that were decayed for the other sign of `maximize`."""
+    for index, buckets in enumerate(facts.owned.buckets):
+        group = facts.optimizer.param_groups[index]
+        sign = -1.0 if maximizes(facts.optimizer, group) else 1.0
+        for _, pairs in buckets:
+            turned = next((e for _, e in pairs if e.sign != sign and e.paid), None)
+            if turned is not None:
+                yield Problem(
+                    "`maximize` of the optimizer is not what it was, or was not known, in the backward pass: the "
+                    "decay in the gradient has the wrong sign.",
+                    "Zero the gradients (zero_grad()) and compute them again. So that the sign is known: "
+                    'attach(..., optimizer=optimizer); or use attach(..., at="step")',
+                    {
+                        "parameter": turned.name,
+                        "optimizer": f"{facts.optimizer_name}(maximize={sign < 0})",
+                    },
+                    (turned.name,),
+                )
+
+
+def decay_would_be_decoupled(facts: Facts) -> Iterator[Problem]:
+    """Find an optimizer whose own decay is decoupled, under a handle that takes the default mode."""
+    if would_decouple(facts.optimizer):
+        yield Problem(
+            "The optimizer's own weight decay would be decoupled, and wdhook's default is coupled (L2): the same λ "
+            "means something else.",
+            'Say which is meant: attach(..., mode="decoupled", optimizer=optimizer) for the decay of AdamW, or '
+            'attach(..., mode="coupled") for L2',
+            {"optimizer": facts.optimizer_name, "mode": "not given, so coupled"},
+        )
+
+
+def pipeline_divides(facts: Facts) -> Iterator[Problem]:
+    """Find a pipeline schedule that divides gradients by the number of micro-batches, and the decay in them."""
+    owned = {id(param): entry.name for param, entry in facts.owned.pairs()}
+    kind = pipeline_schedules()
+    for schedule in living(kind) if kind is not None else ():
+        if not getattr(schedule, "scale_grads", False) or micro_batches(schedule) < 2:
+            continue
+        for stage in stages(schedule):
+            name = next((owned[id(p)] for p in stage.submod.parameters() if id(p) in owned), None)
+            if name is not None:
+                yield Problem(
+                    "A pipeline schedule divides the gradients by the number of micro-batches, and with them the "
+                    "decay that was added in the backward.",
+                    'Use attach(..., at="step"), or scale_grads=False with a loss_fn that divides by their number',
+                    {
+                        "parameter": name,
+                        "schedule": f"{type(schedule).__name__}(scale_grads=True), "
+                        f"{micro_batches(schedule)} micro-batches",
+                    },
+                    (name,),
+                )

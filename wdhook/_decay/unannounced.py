@@ -1,0 +1,71 @@
+"""Notices steps that torch's hooks do not announce: parameters that move between two backward passes.
+
+Looks only until the first step is announced, as it begins. Gradient accumulation moves no parameter, a loop without
+torch.optim does.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .._base.torch_private import version
+from .rules.base import Facts, Rules
+from .state import State
+
+
+class Named(Protocol):
+    """What stands for a parameter: its entry, or a sentinel."""
+
+    name: str
+
+
+class Unannounced:
+    """Compares one parameter before a backward pass with its values after the one before."""
+
+    def __init__(self, state: State, rules: Rules) -> None:
+        self._state = state
+        self._rules = rules
+        self._asked: Named | None = None  # the first of the pass that runs
+        self._who: Named | None = None
+        self._head: Tensor | None = None
+        self._version = 0
+        self._moves = 0
+
+    def look(self, who: Named, param: Tensor) -> None:
+        """Close every window if the parameter has moved since it was remembered."""
+        self._asked = who
+        clock = getattr(who, "clock", None)
+        if clock is not None and not clock.announced:
+            return  # given, and known not to announce: its fresh gradients tell
+        if self._state.announced or who is not self._who or self._head is None:
+            return
+        moved = version(param) != self._version or not torch.equal(_head(param), self._head)
+        if not moved:
+            return
+        self._moves += 1
+        self._state.rate.close_windows()
+        if (
+            self._moves > 1
+        ):  # the first may be a weight loaded after a trial, or the first half of SAM
+            self._rules.tell("unannounced-steps", Facts(self._state, who=who.name))
+
+    def remember(self, who: Named, param: Tensor) -> None:
+        """Keep some values of a parameter, as they are when wdhook is done with it in a pass."""
+        if self._state.announced:
+            self._asked = self._who = self._head = None
+        if who is not self._asked or who is None:
+            return
+        self._who = who
+        self._version = version(param)
+        self._head = _head(param).clone()
+
+
+def _head(param: Tensor) -> Tensor:
+    local: Tensor = param.to_local() if hasattr(param, "to_local") else param  # type: ignore[operator]
+    return local.detach().flatten()[:_ELEMENTS]
+
+
+_ELEMENTS = 64  # to compare: enough to see a step, cheap for any parameter
