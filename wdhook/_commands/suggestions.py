@@ -1,0 +1,86 @@
+"""Targets that were meant: near names of files, packages and the objects in them. No target is run."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+from .shared import did_you_mean
+
+_MANY = 15  # names in a message
+
+
+def near_file(path: Path) -> str:
+    """A question about a file that does not exist: a near one in the same folder."""
+    folder = path.parent
+    return did_you_mean(path.name, _python_files(folder)) if folder.is_dir() else ""
+
+
+def near_package(name: str) -> str:
+    """A question about a package that cannot be imported: an installed one, or a submodule."""
+    parent, _, last = name.rpartition(".")
+    if not parent:
+        files = [file.removesuffix(".py") for file in _python_files(Path.cwd())]
+        return did_you_mean(name, {*packages_distributions(), *files, "timm", "hf"})
+    try:
+        found = importlib.import_module(parent)
+    except ImportError:
+        return near_package(parent)
+    siblings = [module.name for module in pkgutil.iter_modules(getattr(found, "__path__", []))]
+    return did_you_mean(last, siblings)
+
+
+def place_and_name(target: str) -> str:
+    """A question about a target without a colon: the same with one, where that can be told."""
+    path = Path(target)
+    if path.suffix == ".py" and path.is_file():
+        names = _defined(path)
+        return f". Did you mean {path}:{' or :'.join(names[:3])}?" if names else ""
+    if target in _python_files(Path.cwd(), suffix=False):
+        return place_and_name(f"{target}.py")
+    parent, _, last = target.rpartition(".")
+    return f". Did you mean {parent}:{last}?" if parent and path.suffix != ".py" else ""
+
+
+def listed(module: Any, like: str) -> str:
+    """Names of the functions and classes of a module, near ones first, and a question."""
+    names = []
+    for name, value in vars(module).items():
+        if callable(value) and not name.startswith("_"):
+            names.append(name)
+    near = get_close_matches(like, names, n=3)
+    shown = list(dict.fromkeys([*near, *names]))
+    text = ", ".join(shown[:_MANY]) or "no functions and no classes"
+    more = ", ..." if len(names) > _MANY else ""
+    return f"{text}{more}{did_you_mean(like, names)}"
+
+
+def near_model_of_timm(name: str) -> str:
+    """A question about a name that timm does not have."""
+    timm: Any = sys.modules["timm"]
+    return did_you_mean(name, timm.list_models())
+
+
+def _python_files(folder: Path, suffix: bool = True) -> list[str]:
+    paths: Iterable[Path] = folder.glob("*.py")
+    return sorted(path.name if suffix else path.stem for path in paths)
+
+
+def _defined(path: Path) -> list[str]:
+    """Names of the functions and classes of a file, which is parsed and not run."""
+    try:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+    except (SyntaxError, UnicodeDecodeError):
+        return []
+    names = []
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            names.append(node.name)
+    return names
