@@ -220,7 +220,7 @@ def test_nobody_reads_on() -> None:
 
 
 def test_a_terminal_without_λ_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream whose encoding lacks a letter gets a question mark, and is strict again afterwards."""
+    """A stream whose encoding lacks a letter gets a question mark, and is strict again after."""
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
     with pytest.raises(UnicodeEncodeError):

@@ -142,7 +142,7 @@ def test_other_seed_other_output(short: Short, tmp_path: Path) -> None:
 
 
 def test_leaves_the_process_as_it_was(short: Short) -> None:
-    """Threads, random numbers, flags, process-wide hooks and matplotlib's settings are untouched."""
+    """Threads, random numbers, flags, process-wide hooks and matplotlib's settings stay."""
     assert short.after == short.before
 
 
@@ -173,7 +173,7 @@ def test_leaves_the_process_as_it_was_can_fail(change: Callable[[], Any], notice
 def test_a_λ_that_is_slightly_off_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twin of the equality: λ larger by a hundred-thousandth in (d) alone makes the exit status 1."""
+    """Twin of the equality: λ larger by 1e-5 of itself in (d) alone makes the exit status 1."""
     attach = wdhook.attach
     monkeypatch.setattr(wdhook, "attach", lambda model, λ: attach(model, λ * 1.00001))
     ran = run(tmp_path, epochs=1)
@@ -185,7 +185,7 @@ def test_a_λ_that_is_slightly_off_is_an_error(
     assert ran.png.startswith(PNG)
 
 
-# -- times ------------------------------------------------------------------------------------------------------
+# -- times -----------------------------------------------------------------------------------------
 
 
 def test_a_ratio_is_of_times_in_the_same_round() -> None:

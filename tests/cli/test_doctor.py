@@ -72,7 +72,7 @@ def names(found: Any, kind: str) -> list[str]:
     return parameters
 
 
-# -- healthy ----------------------------------------------------------------------------------------------------
+# -- healthy ---------------------------------------------------------------------------------------
 
 
 def trains_by_itself() -> Any:
@@ -216,7 +216,7 @@ def test_the_inputs_make_a_loss(doctor: Callable[..., Any]) -> None:
     assert names(found, "no-gradient") == ["unused.weight", "unused.bias"]
 
 
-# -- findings ---------------------------------------------------------------------------------------------------
+# -- findings --------------------------------------------------------------------------------------
 
 
 def test_double_decay_and_decay_of_what_is_exempt(doctor: Callable[..., Any]) -> None:
@@ -491,7 +491,7 @@ def test_other_warnings_of_wdhook_are_findings(doctor: Callable[..., Any]) -> No
     assert [str(w.message) for w in caught] == ["of the user"]
 
 
-# -- what cannot be examined ------------------------------------------------------------------------------------
+# -- what cannot be examined -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -566,7 +566,7 @@ def test_names_are_shortened_in_text_alone(
     assert out.endswith("1 error, 1 warning, 0 notes\n")
 
 
-# -- what make() may return --------------------------------------------------------------------------------------
+# -- what make() may return ------------------------------------------------------------------------
 
 
 def in_a_dict() -> Any:
@@ -596,7 +596,7 @@ def with_a_loader() -> Any:
     ids=lambda make: make.__name__,
 )
 def test_the_form_of_what_make_returns_is_free(make: Make, doctor: Callable[..., Any]) -> None:
-    """Dicts, lists and tuples, nested; schedulers and loaders are no part of a step, and ignored."""
+    """Dicts, lists and tuples, nested; schedulers and loaders are ignored."""
     found = doctor(make)
     assert kinds(found) == []
     assert (found["optimizers"], found["steps"]) == (["SGD"], 1)

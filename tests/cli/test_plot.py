@@ -59,7 +59,7 @@ def png(figure: Any) -> bytes:
     return stream.getvalue()
 
 
-# -- plans ------------------------------------------------------------------------------------------------------
+# -- plans -----------------------------------------------------------------------------------------
 
 
 def test_the_area_is_the_number_of_elements() -> None:
@@ -69,7 +69,7 @@ def test_the_area_is_the_number_of_elements() -> None:
     drawn = sorted(squares(plot.plan(plan)))
     weights = [(side, share) for x, y, side, share in drawn if y == min(y for _, y, _, _ in drawn)]
     largest = weights[0][0]
-    # The side is a root of a product of floats; sums of positions of a few inches leave 1e-15 of them.
+    # The side is a root of a product of floats; sums of positions of a few inches leave 1e-15.
     for (side, share), numel in zip(weights, (1600, 400, 20), strict=True):
         assert side == pytest.approx(largest * math.sqrt(numel / 1600), abs=1e-12)
         assert share == pytest.approx(1.0, abs=1e-12)
@@ -172,7 +172,7 @@ def test_lazy_and_scalar_parameters() -> None:
     assert png(plot.plan(dict(plan))).startswith(b"\x89PNG")
 
 
-# -- norms ------------------------------------------------------------------------------------------------------
+# -- norms -----------------------------------------------------------------------------------------
 
 
 class Snapshot:
@@ -215,7 +215,7 @@ def test_histories_are_drawn_by_training() -> None:
 
 
 def test_snapshots_are_drawn_by_group() -> None:
-    """A list of snapshots or of their dicts: a panel for each group, at the steps they were taken."""
+    """A list of snapshots or of their dicts: a panel for each group, at the steps of each."""
     snapshots = [Snapshot(0, weight=4.0, bias=1.0), Snapshot(50, weight=2.0, bias=1.5)]
     figure = plot.norms(snapshots)
     points = {title: list(lines.values()) for title, lines in drawn(figure).items()}
@@ -290,7 +290,7 @@ def test_the_title_says_λ() -> None:
     assert plot.norms({"a": constant, "b": rising}).legends[0].get_title().get_text() == ""
 
 
-# -- axes of the caller -----------------------------------------------------------------------------------------
+# -- axes of the caller ----------------------------------------------------------------------------
 
 
 def test_a_plan_is_drawn_into_given_axes() -> None:
@@ -336,7 +336,7 @@ def test_the_sizes_of_the_key_are_no_squares_of_the_plan() -> None:
     assert len(dashed) == 1
 
 
-# -- both -------------------------------------------------------------------------------------------------------
+# -- both ------------------------------------------------------------------------------------------
 
 
 def test_no_trace_in_the_process(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ _PACKAGES = ("matplotlib", "rich", "sklearn", "tqdm")
 _DESCRIPTION = """\
 Train a small residual BatchNorm network on the scanned digits of scikit-learn four times, from the
 same weights, on the same batches: (a) no decay, (b) the optimizer's decay on everything, (c) the
-optimizer's param groups, written by hand, (d) wdhook.attach. Then print accuracy, norms and the ratio
-of times, say whether (c) and (d) are equal to the last bit, and plot the norms over training.
+optimizer's param groups, written by hand, (d) wdhook.attach. Then print accuracy, norms and the
+ratio of times, say whether (c) and (d) are equal to the last bit, and plot the norms over training.
 
 exit status: 0 when (c) and (d) are equal to the last bit, 1 when they differ, 2 when it cannot run.
 """

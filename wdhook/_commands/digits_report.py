@@ -1,4 +1,4 @@
-"""Runs ``wdhook demo``: trains four ways, compares two of them to the last bit, prints and draws."""
+"""Runs ``wdhook demo``: trains four ways, compares two to the last bit, prints and draws."""
 
 from __future__ import annotations
 

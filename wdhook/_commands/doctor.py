@@ -1,4 +1,4 @@
-"""``wdhook doctor``: runs one training step of the user and reports what is wrong with its decay."""
+"""``wdhook doctor``: runs one training step of the user and reports mistakes in its decay."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .training import CONTRACT, Training, training_of
 _DESCRIPTION = f"""\
 Run one training step of your model and optimizer, and report what is wrong with its weight decay:
 double decay; decay of biases and norms; parameters without an optimizer, in two, or without a
-gradient; decay that rounds away; an unreadable learning rate; a GradScaler that attach was not given;
-master weights. All changes of the step are gone when the command ends.
+gradient; decay that rounds away; an unreadable learning rate; a GradScaler that attach was not
+given; master weights. All changes of the step are gone when the command ends.
 
 {CONTRACT}
-exit status: 0 when nothing is wrong (notes do not count), 1 when something is, 2 when the step cannot
-be run.
+exit status: 0 when nothing is wrong (notes do not count), 1 when something is, 2 when the step
+cannot be run.
 """
 
 _EXAMPLES = """\

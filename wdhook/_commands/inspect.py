@@ -141,7 +141,7 @@ def _shown(made: Plan, only: str | None) -> list[Decision]:
     return list(made.values())
 
 
-# -- as text ----------------------------------------------------------------------------------------------------
+# -- as text ---------------------------------------------------------------------------------------
 
 
 def _print_plan(made: Plan, arguments: argparse.Namespace) -> None:
@@ -183,7 +183,7 @@ def _print_diff(diff: PlanDiff, summary: bool) -> None:
         print_table(diff_rows(diff))
 
 
-# -- by module --------------------------------------------------------------------------------------------------
+# -- by module -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _numbers(module: Module) -> tuple[int, ...]:
     return module.tensors, module.decayed_tensors, module.elements, module.decayed_elements
 
 
-# -- as JSON ----------------------------------------------------------------------------------------------------
+# -- as JSON ---------------------------------------------------------------------------------------
 
 
 def _as_json(made: Plan, arguments: argparse.Namespace, diff: PlanDiff | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``wdhook optimizers``: what was measured with an optimizer, from the table of docs/optimizers.md."""
+"""``wdhook optimizers``: looks an optimizer up in the table of docs/optimizers.md."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .shared import Commands, UsageError, add_command, counted, did_you_mean
 from .tables import FAINT, paragraph, print_table
 
 _DESCRIPTION = """\
-Look an optimizer up: is wdhook's decay exact with it, and what does its own weight_decay do? Each row
-was found by running it, five steps of a small model, with wdhook.attach and with the decay written by
-hand. Without a name the packages are listed. docs/optimizers.md has the whole table, and the meaning
-of each word.
+Look an optimizer up: is wdhook's decay exact with it, and what does its own weight_decay do? Each
+row was found by running it, five steps of a small model, with wdhook.attach and with the decay
+written by hand. Without a name the packages are listed. docs/optimizers.md has the whole table, and
+the meaning of each word.
 
 exit status: 0; 2 when no optimizer has that name.
 """

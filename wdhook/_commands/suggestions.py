@@ -1,4 +1,4 @@
-"""Targets that were meant: near names of files, packages and the objects in them. No target is run."""
+"""Near names of files, packages and the objects in them, for targets with a slip."""
 
 from __future__ import annotations
 

@@ -23,16 +23,16 @@ from .suggestions import listed, near_file, near_model_of_timm, near_package, pl
 
 TARGETS = """\
 targets:
-  my_file.py:build             a function without arguments, a class, or a module object in a file
+  my_file.py:build             a function without arguments, a class, or a model in a file
   package.module:attribute     the same in anything that can be imported
   timm:vit_base_patch16_224    a model of timm, by the name that timm.create_model takes
-  hf:BertConfig                a configuration or a model class of transformers; nothing is downloaded
+  hf:BertConfig                a configuration or a model class of transformers, not downloaded
 """
 
 _KINDS = TARGETS.partition("\n")[2].rstrip()
 
 
-# -- loading ----------------------------------------------------------------------------------------------------
+# -- loading ---------------------------------------------------------------------------------------
 
 
 def load(target: str) -> Any:
@@ -129,7 +129,7 @@ def _of_transformers(name: str) -> Callable[..., nn.Module]:
     )
 
 
-# -- building ---------------------------------------------------------------------------------------------------
+# -- building --------------------------------------------------------------------------------------
 
 
 def build_model(

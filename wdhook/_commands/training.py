@@ -28,9 +28,9 @@ CONTRACT = """\
 make() returns these, in any order, as a tuple, a list or the values of a dict:
   the model                    one torch.nn.Module
   the optimizer                or several
-  step                         a function without arguments that runs the forward pass and returns the
-                               loss; or one that trains by itself, with backward() and
-                               optimizer.step() in it: it is called until each optimizer has stepped,
+  step                         a function without arguments that runs the forward pass and returns
+                               the loss; or one that trains by itself, with backward() and
+                               optimizer.step() in it: called until each optimizer has stepped,
                                at most 20 times
   a GradScaler                 where step() returns the loss of a model in float16
 Learning rate schedulers and data loaders are ignored. A handle of wdhook.attach is found by itself.
@@ -228,7 +228,7 @@ def run_step(training: Training, seen: Seen) -> None:
 
 
 def _finish(training: Training, loss: Any) -> None:
-    """Run `zero_grad`, the backward pass and the steps, for a function that ran the forward pass."""
+    """Run `zero_grad`, the backward pass and the steps, after a function that returned a loss."""
     for optimizer in training.optimizers:
         optimizer.zero_grad()
     _backward(training, loss)

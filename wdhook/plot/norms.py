@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 History = Mapping[str, Mapping[str, Sequence[float]]]
 
-# Colours that colour-blind readers can tell apart (Okabe & Ito 2008, Tol); dashes and widths differ
-# too. The third is a broad band behind all others, the fourth lies on top with wide gaps: lines that
-# coincide stay visible.
+# Colours that colour-blind readers can tell apart (Okabe & Ito 2008, Tol); dashes and widths
+# differ too. The third is a broad band behind all others, the fourth lies on top with wide gaps:
+# lines that coincide stay visible.
 _STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#AA3377", "linestyle": (0, (1, 1.2)), "linewidth": 2.2, "zorder": 3},
     {"color": "#D55E00", "linestyle": (0, (6, 1.5, 1, 1.5)), "linewidth": 1.8, "zorder": 4},
@@ -64,8 +64,8 @@ def norms(
             `title` that is given. None makes a figure.
 
     Returns:
-        The figure of `ax`; or a new one, six inches wide, that belongs to no window and to no global
-        list: save it with ``figure.savefig(path)``.
+        The figure of `ax`; or a new one, six inches wide, that belongs to no window and to no
+        global list: save it with ``figure.savefig(path)``.
 
     Raises:
         ArgumentError: there is nothing to draw, or another number of axes than of panels.
@@ -103,7 +103,7 @@ def norms(
     return figure
 
 
-# -- data -------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 def _training(given: Any) -> _Training:
@@ -135,7 +135,7 @@ def _heading(trainings: Mapping[str, _Training]) -> str | None:
     return f"λ from {λs[0]:g} to {λs[-1]:g}"
 
 
-# -- drawing ----------------------------------------------------------------------------------------------------
+# -- drawing ---------------------------------------------------------------------------------------
 
 
 def _panels(number: int, title: str | None) -> tuple[Figure, list[Axes]]:

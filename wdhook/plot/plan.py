@@ -55,8 +55,8 @@ def plan(plan: Mapping[str, Decision], *, ax: Axes | None = None) -> Figure:
             high. None makes a figure.
 
     Returns:
-        The figure of `ax`; or a new one, six inches wide, that belongs to no window and to no global
-        list: save it with ``figure.savefig(path)``.
+        The figure of `ax`; or a new one, six inches wide, that belongs to no window and to no
+        global list: save it with ``figure.savefig(path)``.
 
     Raises:
         ArgumentError: the plan has no parameters.
@@ -80,7 +80,7 @@ def plan(plan: Mapping[str, Decision], *, ax: Axes | None = None) -> Figure:
     return figure_of(ax)
 
 
-# -- layout -----------------------------------------------------------------------------------------------------
+# -- layout ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _numel(decisions: Sequence[Decision]) -> int:
     return sum(d.numel for d in decisions)
 
 
-# -- drawing ----------------------------------------------------------------------------------------------------
+# -- drawing ---------------------------------------------------------------------------------------
 
 
 def _draw(ax: Any, layout: _Layout) -> None:
