@@ -23,7 +23,7 @@ PAGES = [
     *sorted(DOCS.glob("*.md")),
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
 ]
-API = (DOCS / "api.md").read_text()
+API = "".join(page.read_text() for page in sorted(DOCS.glob("api*.md")))
 
 DIRECTIVE = re.compile(
     r"^\.\. auto(?:function|class|exception|data):: (?P<name>[\w.]+)", re.MULTILINE
@@ -67,7 +67,7 @@ def _is_function_of(module: ModuleType, name: str, thing: object) -> bool:
 
 
 def test_the_page_of_names_has_every_public_name_once_and_no_other() -> None:
-    """docs/api.md is made from the docstrings of exactly what is public."""
+    """docs/api*.md are made from the docstrings of exactly what is public."""
     listed = DIRECTIVE.findall(API)
     assert sorted(listed) == sorted(public_names())
 
@@ -163,7 +163,7 @@ def test_errors_under_raises_exist() -> None:
 
 def test_every_error_is_explained_to_users() -> None:
     """Each error and the warning is on a page that says when it comes, not only on the page of names."""
-    pages = "".join(page.read_text() for page in DOCS.glob("*.md") if page.name != "api.md")
+    pages = "".join(page.read_text() for page in DOCS.glob("*.md") if page.stem.split("-")[0] != "api")
     errors = {name for name in wdhook.__all__ if name.endswith(("Error", "Warning"))}
     silent = {name for name in errors if f"`{name}`" not in pages}
     assert silent == {"WdhookError"}  # the base, which nobody raises by itself
@@ -257,16 +257,24 @@ def test_a_broken_link_is_seen() -> None:
 
 
 def test_every_page_can_be_found() -> None:
-    """Each page is in one table of contents of the site, and in the README's list."""
-    index = (DOCS / "index.md").read_text()
-    toctrees = re.findall(r"^```\{toctree\}\n(.*?)^```$", index, re.MULTILINE | re.DOTALL)
-    listed = [
-        line for tree in toctrees for line in tree.splitlines() if line and not line.startswith(":")
-    ]
+    """Each page is in one table of contents of the site, and in the README's list.
+
+    The parts of the API reference are in the list of its first page, and not in the README.
+    """
+    parts = _listed("api")
+    listed = [line for line in _listed("index") if line != "Index of terms <genindex>"]
     pages = {path.stem for path in DOCS.glob("*.md")} - {"index"}
-    assert sorted(listed) == sorted(pages)
+    assert sorted([*listed, *parts]) == sorted(pages)
+    assert all(part.startswith("api-") for part in parts)
     readme = (ROOT / "README.md").read_text()
-    assert {page for page in pages if f"(docs/{page}.md)" not in readme} == set()
+    assert {page for page in listed if f"(docs/{page}.md)" not in readme} == set()
+
+
+def _listed(page: str) -> list[str]:
+    text = (DOCS / f"{page}.md").read_text()
+    trees = re.findall(r"^```\{toctree\}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = [line for tree in trees for line in tree.splitlines()]
+    return [line for line in lines if line and not line.startswith(":")]
 
 
 def test_every_room_has_its_place() -> None:
