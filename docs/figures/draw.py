@@ -6,6 +6,7 @@ The ones of the science show the numbers of science.json; the plan needs torchvi
 from __future__ import annotations
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import wdhook
 import wdhook.plot
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
 # Written into the SVG as variables, so that one file serves both colour schemes.
 INK, FAINT, PAPER = "#010101", "#020202", "#fefefe"
 # Colour in the drawing → (name of the variable, on light paper, on dark paper).
@@ -62,6 +64,7 @@ def main() -> None:
         save(timeline(width), folder / "timeline.svg")
         save(equilibrium(numbers["equilibrium"], width), folder / "equilibrium.svg")
         save(roles(numbers["roles"], width), folder / "roles.svg")
+        save(growth(width), folder / "growth.svg")
         if find_spec("torchvision") is not None:
             save(plan(width), folder / "plan.svg")
 
@@ -98,7 +101,7 @@ def plan(width: float) -> Figure:
         decided = wdhook.plan(resnet50(), 1e-4)
     if not is_narrow(width):
         return wdhook.plot.plan(decided)
-    figure = Figure(figsize=(width, 3.1))
+    figure = Figure(figsize=(width, 2.4))
     return wdhook.plot.plan(decided, ax=figure.add_axes((0, 0, 1, 1)))
 
 
@@ -235,10 +238,25 @@ def _diagonal(ax: Axes) -> None:
     ax.set_ylim(0, None)
 
 
+def growth(width: float) -> Figure:
+    """Time of a step against the number of tensors and of elements: python -m benchmarks.growth."""
+    from benchmarks.draw import draw
+
+    points = json.loads((HERE / "growth.json").read_text())
+    if is_narrow(width):
+        figure = Figure(figsize=(width, 6.4), layout="constrained")
+        draw(points, list(figure.subplots(2, 1)))
+        figure.axes[1].set_ylabel("milliseconds")
+    else:
+        figure = Figure(figsize=(width, 3.8), layout="constrained")
+        draw(points, list(figure.subplots(1, 2, sharey=True)))
+    return figure
+
+
 def roles(report: dict[str, Any], width: float) -> Figure:
     """Held-out accuracy against decaying the weights alone, with 95 % intervals, paired by seed."""
     arms = {name: arm for name, arm in report["arms"].items() if name != "weights"}
-    figure = Figure(figsize=(width, 2.5), layout="constrained")
+    figure = Figure(figsize=(width, 2.7 if is_narrow(width) else 2.5), layout="constrained")
     ax = figure.subplots()
     for y, arm in enumerate(reversed(arms.values())):
         ax.errorbar(
@@ -253,7 +271,9 @@ def roles(report: dict[str, Any], width: float) -> Figure:
     ax.set_yticks(range(len(arms)), [f"decay on {name}" for name in reversed(arms)])
     ax.axvline(0, color=INK, linewidth=0.8)
     label = "points of accuracy against decay on weights (mean, 95 % interval)"
-    ax.set_xlabel(label.replace(" (", "\n(") if is_narrow(width) else label)
+    if is_narrow(width):
+        label = label.replace(" against", "\nagainst").replace(" (", "\n(")
+    ax.set_xlabel(label)
     ax.grid(axis="x")
     ax.set_axisbelow(True)
     return figure

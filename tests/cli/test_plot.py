@@ -153,7 +153,7 @@ def test_the_text_says_how_much() -> None:
     plan = wdhook.plan(blocks(3), 0.1)
     found = texts(plot.plan(plan))
     assert found[0] == str(plan).partition("\n")[0]
-    assert {"weight", "bias", "norm", "decayed", "exempt", "10 elements"} <= set(found)
+    assert {"weight", "bias", "norm", "decayed", "exempt", "50 elements"} <= set(found)
     weights = [d for d in plan.values() if d.role == "weight"]
     assert f"{len(weights)} tensors, {sum(d.numel for d in weights)}" in found
 

@@ -65,7 +65,7 @@ def role_rows(arms: dict[str, Any]) -> list[list[str]]:
 
 def test_the_numbers_of_the_page_are_those_that_were_measured() -> None:
     """Every table of the page is the file that the experiment wrote."""
-    assert rows("Ratios of what is measured") == equilibrium_rows(NUMBERS["equilibrium"])
+    assert rows("Ratios of measured to predicted") == equilibrium_rows(NUMBERS["equilibrium"])
     assert rows("held-out accuracy on 797 digits") == role_rows(NUMBERS["roles"]["arms"])
     growth, same, other = (
         NUMBERS["equivalence"][name] for name in ("growth", "same", "no_schedule")

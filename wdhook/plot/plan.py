@@ -167,7 +167,7 @@ def _laid_out(decisions: Sequence[Decision], λ: float, width: float) -> _Layout
         scale=scale,
         sides=sides,
         heights=heights,
-        of_scale=10 ** int(math.log10(largest)),
+        of_scale=_round_number(largest),
     )
 
 
@@ -177,6 +177,12 @@ def _lines(heading: str, characters: int) -> list[str]:
         return [heading]
     first, _, second = heading.partition(", ")
     return [f"{first},", second]
+
+
+def _round_number(largest: int) -> int:
+    """The largest of 1, 2, 5, 10, 20, ... that is not above `largest`."""
+    power = 10 ** int(math.log10(largest))
+    return max(factor * power for factor in (1, 2, 5) if factor * power <= max(largest, power))
 
 
 def _numel(decisions: Sequence[Decision]) -> int:
