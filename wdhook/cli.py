@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from . import __version__
 from ._base.errors import WdhookError
 from ._commands import audit, demo, doctor, inspect, optimizers
+from ._commands.help import HelpFormatter
 from ._commands.shared import (
     BAD_USAGE,
     CLOSED_PIPE,
@@ -101,7 +102,7 @@ def _parser() -> tuple[
         prog=program(),
         description=_DESCRIPTION,
         epilog=_EXAMPLES.replace(MODULE, program()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"wdhook {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)

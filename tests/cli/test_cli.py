@@ -55,6 +55,27 @@ def test_every_example_of_the_help_is_understood(
             assert cli.main(shlex.split(example.partition(" | ")[0])) == 0, example
 
 
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids="-".join)
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_help_fits_the_terminal(
+    columns: int,
+    command: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No line is wider than the terminal but calls to copy, and every word is there at each width."""
+    said = {}
+    for width in (columns, 300):
+        monkeypatch.setenv("COLUMNS", str(width))
+        with pytest.raises(SystemExit):
+            cli.main([*command, "--help"])
+        said[width] = capsys.readouterr().out
+    text = said[columns].partition("\n\n")[2]  # the usage is argparse's
+    for line in text.splitlines():
+        assert len(line) <= columns or line.startswith("  python -m wdhook "), line
+    assert sorted(text.split()) == sorted(said[300].partition("\n\n")[2].split())
+
+
 def test_the_demo_has_the_documented_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     """`demo` without options: seed 0, 16 epochs, demo.png here."""
     got: dict[str, Any] = {}

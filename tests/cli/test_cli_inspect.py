@@ -520,3 +520,13 @@ def test_transformers_are_configured_and_never_downloaded(
     err = inspect(capsys, "hf:bert-base-uncased", status=2)
     assert "it downloads nothing" in err
     assert "hf:BertConfig" in err
+    assert "Did you mean BertConfig" in inspect(capsys, "hf:BertConfg", status=2)
+
+
+def test_a_slip_in_a_model_of_timm_gets_near_names(capsys: pytest.CaptureFixture[str]) -> None:
+    """timm's own error has no names; ours has the nearest ones."""
+    pytest.importorskip("timm")
+    err = inspect(capsys, "timm:vit_base_patch16_24", status=2)
+    assert "timm has no model of this name" in err
+    assert "Did you mean vit_base_patch16_224" in err
+    assert inspect(capsys, "timm:resnet18.a1_in1k", "--summary")  # a model with the tag of weights

@@ -163,7 +163,9 @@ def test_errors_under_raises_exist() -> None:
 
 def test_every_error_is_explained_to_users() -> None:
     """Each error and the warning is on a page that says when it comes, not only on the page of names."""
-    pages = "".join(page.read_text() for page in DOCS.glob("*.md") if page.stem.split("-")[0] != "api")
+    pages = "".join(
+        page.read_text() for page in DOCS.glob("*.md") if page.stem.split("-")[0] != "api"
+    )
     errors = {name for name in wdhook.__all__ if name.endswith(("Error", "Warning"))}
     silent = {name for name in errors if f"`{name}`" not in pages}
     assert silent == {"WdhookError"}  # the base, which nobody raises by itself

@@ -156,7 +156,8 @@ def _print(examination: Examination) -> None:
     by = "attached by make()" if examination.was_attached else "attached for this run"
     for engine in examination.engines:
         settings = engine.settings
-        print(f"{by}: {engine.plan!r}, mode={settings.mode!r}, at={settings.at!r}")
+        line = f"{by}: {engine.plan!r}, mode={settings.mode!r}, at={settings.at!r}"
+        print(*paragraph(line, later="  "), sep="\n")
     print()
     for finding in examination.findings:
         print(*_lines(finding), sep="\n", end="\n\n")

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .. import plot
 from .._base.text import Row, fold_by
@@ -41,7 +41,8 @@ examples:
   python -m wdhook inspect my_file.py:build_model --json | jq '.parameters[] | select(.guess).name'
 """
 
-_ONLY = ("decayed", "exempt", "guessed")
+Only = Literal["decayed", "exempt", "guessed"]
+_ONLY: tuple[str, ...] = get_args(Only)
 
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -131,7 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
     return FOUND if diff else 0
 
 
-def _shown(made: Plan, only: str | None) -> list[Decision]:
+def _shown(made: Plan, only: Only | None) -> list[Decision]:
     if only == "guessed":
         return [d for d in made.values() if d.guess]
     if only == "decayed":

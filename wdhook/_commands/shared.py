@@ -10,6 +10,8 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
+from .help import HelpFormatter
+
 FOUND = 1  # the command worked, and found a problem or a difference
 BAD_USAGE = 2  # argparse's own exit status for a mistake of the user
 INTERRUPTED = 130  # a shell's status of a program that Ctrl-C ended: 128 + SIGINT
@@ -50,7 +52,7 @@ def add_command(
         help=summary,
         description=description,
         epilog=examples.replace(MODULE, program()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.set_defaults(run=run, command=name)

@@ -16,7 +16,7 @@ from .._base.text import Row, aligned
 GREEN, RED, YELLOW, CYAN, FAINT, BOLD = "32", "31", "33", "36", "2", "1"  # ANSI's SGR codes
 
 _WIDEST = 120  # of a paragraph; longer lines are hard to read
-_NARROWEST = 16  # of a column whose words have to be broken
+_NARROWEST = 12  # of a column whose words have to be broken
 _BETWEEN = 2  # spaces between columns
 
 
@@ -55,6 +55,7 @@ def paragraph(text: str, indent: str = "", later: str | None = None) -> list[str
         initial_indent=indent,
         subsequent_indent=indent if later is None else later,
         break_long_words=False,
+        break_on_hyphens=False,
     )
 
 

@@ -70,13 +70,8 @@ def norms(
     Raises:
         ArgumentError: there is nothing to draw, or another number of axes than of panels.
     """
-    given = dict(history) if isinstance(history, Mapping) else {"": history}
-    trainings = {label: _training(one) for label, one in given.items()}
-    panels = list(dict.fromkeys(name for known in trainings.values() for name in known.lines))
-    if not panels:
-        raise ArgumentError(
-            "`history` has no values to draw.\n  Give snapshots: [decay.snapshot(), ...]"
-        )
+    trainings = _trainings(history)
+    panels = _names(trainings)
     if ax is None:
         title = title or _heading(trainings)
         figure, axes = _panels(len(panels), title)
@@ -87,12 +82,9 @@ def norms(
     own = ax is None
     if title and not (own and named):  # the layout would put a legend over it
         figure.suptitle(title, fontsize=9, weight="bold")
-    if xlabel is None:
-        snapshots = any(training.of_snapshots for training in trainings.values())
-        xlabel = "step" if snapshots else "epoch"
     for panel, name in zip(axes, panels, strict=True):
         _draw(panel, name, trainings)
-        panel.set_xlabel(xlabel)
+        panel.set_xlabel(xlabel or _clock(trainings))
     _label(axes, ylabel)
     if named and own:
         heading = {"title": title, "title_fontproperties": {"size": 9, "weight": "bold"}}
@@ -104,6 +96,31 @@ def norms(
 
 
 # -- data ------------------------------------------------------------------------------------------
+
+
+def _trainings(history: Any) -> dict[str, _Training]:
+    """Label of the line → training; a list of snapshots is one without a label."""
+    if not isinstance(history, Mapping):
+        return {"": _training(history)}
+    return {label: _training(one) for label, one in history.items()}
+
+
+def _names(trainings: Mapping[str, _Training]) -> list[str]:
+    """Titles of the panels, in the order of their first appearance."""
+    names: dict[str, None] = {}
+    for training in trainings.values():
+        names.update(dict.fromkeys(training.lines))
+    if not names:
+        raise ArgumentError(
+            "`history` has no values to draw.\n  Give snapshots: [decay.snapshot(), ...]"
+        )
+    return list(names)
+
+
+def _clock(trainings: Mapping[str, _Training]) -> str:
+    """The unit of the horizontal axis."""
+    snapshots = any(training.of_snapshots for training in trainings.values())
+    return "step" if snapshots else "epoch"
 
 
 def _training(given: Any) -> _Training:
