@@ -63,7 +63,7 @@ def test_help_fits_the_terminal(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No line is wider than the terminal but calls to copy, and every word is there at each width."""
+    """No line but calls to copy is wider than the terminal, and no word is lost at any width."""
     said = {}
     for width in (columns, 300):
         monkeypatch.setenv("COLUMNS", str(width))

@@ -1,4 +1,6 @@
-"""Remake wdhook/_commands/optimizers.tsv, the answers of `wdhook optimizers`, from docs/optimizers.md.
+"""Remake wdhook/_commands/optimizers.tsv, from which `wdhook optimizers` answers.
+
+The source is docs/optimizers.md.
 
 python tests/support/make_optimizer_data.py
 """
@@ -41,5 +43,10 @@ def data(page: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the data."""
     DATA.write_text(data(PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main()

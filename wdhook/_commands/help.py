@@ -1,4 +1,4 @@
-"""Help texts that fit the terminal: paragraphs and two-column lists wrap, examples keep their lines."""
+"""Help texts that fit the terminal: paragraphs and lists wrap, calls to copy keep their lines."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from textwrap import wrap
 
 from .._base.text import Row, aligned
@@ -34,7 +35,7 @@ def in_colour() -> bool:
     return on_terminal()
 
 
-def painted(text: str, *codes: str) -> str:
+def painted(text: str, *codes: str | None) -> str:
     """Text between ANSI codes; unchanged without codes, and where there are no colours."""
     wanted = ";".join(code for code in codes if code)
     if not wanted or not in_colour():
@@ -76,19 +77,18 @@ def print_table(
     if not on_terminal():
         print(*aligned(rows, right), sep="\n")
         return
-    widths = fitted([max(map(len, column)) for column in zip(*rows, strict=True)], rows, _columns())
+    widths = fitted(rows, _columns())
     flush = set(right)
     heading = _lines(rows[0], widths, flush)
     print(*heading, sep="\n")
     print("  ".join("-" * width for width in widths))
-    for i, row in enumerate(rows[1:]):
-        bold = BOLD if i < len(strong) and strong[i] else ""
-        colour = colours[i] if i < len(colours) else ""
+    for row, is_strong, colour in zip_longest(rows[1:], strong, colours):
+        bold = BOLD if is_strong else ""
         for line in _lines(row, widths, flush):
             print(painted(line, bold, colour))
 
 
-def fitted(natural: Sequence[int], rows: Sequence[Row], width: int) -> list[int]:
+def fitted(rows: Sequence[Row], width: int) -> list[int]:
     """Widths of columns that fit into `width` characters, as far as they can.
 
     Columns of sentences become narrower first, the last of them before the others, down to their
@@ -96,18 +96,15 @@ def fitted(natural: Sequence[int], rows: Sequence[Row], width: int) -> list[int]
     and parts are broken only where that is not enough.
 
     Args:
-        natural: the width that each column would like to have.
         rows: cells; a column is one of sentences where a cell has a space.
     """
-    prose = []
-    for i in range(1, len(natural)):
-        if any(" " in row[i].strip() for row in rows):
-            prose.append(i)
-    stages = [(i, _longest(rows, i, " ")) for i in reversed(prose)]
-    stages.append((0, max(_longest(rows, 0, ".") + 3, _NARROWEST)))  # a dot and two spaces
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    prose = [i for i in range(1, len(columns)) if " " in "|".join(columns[i])]
+    stages = [(i, _longest(columns[i], " ")) for i in reversed(prose)]
+    stages.append((0, max(_longest(columns[0], ".") + 3, _NARROWEST)))  # a dot and two spaces
     stages += [(i, _NARROWEST) for i in reversed(prose)]
     stages.append((0, _NARROWEST))
-    widths = list(natural)
     for i, lowest in stages:
         surplus = sum(widths) + _BETWEEN * (len(widths) - 1) - width
         if surplus > 0:
@@ -115,8 +112,9 @@ def fitted(natural: Sequence[int], rows: Sequence[Row], width: int) -> list[int]
     return widths
 
 
-def _longest(rows: Sequence[Row], column: int, separator: str) -> int:
-    return max(len(piece) for row in rows for piece in row[column].split(separator))
+def _longest(column: Sequence[str], separator: str) -> int:
+    """Characters of the longest piece of a column."""
+    return max(map(len, separator.join(column).split(separator)))
 
 
 def _columns() -> int:
@@ -125,26 +123,16 @@ def _columns() -> int:
 
 def _lines(row: Row, widths: Sequence[int], right: set[int]) -> list[str]:
     """A row as lines: cells that are wider than their column go on below."""
-    cells = [
-        _folded(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
-    height = max(map(len, cells))
+    name, *others = zip(row, widths, strict=True)
+    cells = [fold_name(*name)]
+    cells += [wrap(cell, width) or [""] for cell, width in others]
     lines = []
-    for k in range(height):
+    for texts in zip_longest(*cells, fillvalue=""):
         parts = []
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True)):
-            text = cell[k] if k < len(cell) else ""
+        for i, (text, width) in enumerate(zip(texts, widths, strict=True)):
             parts.append(text.rjust(width) if i in right else text.ljust(width))
         lines.append((" " * _BETWEEN).join(parts).rstrip())
     return lines
-
-
-def _folded(cell: str, width: int, column: int) -> list[str]:
-    if len(cell) <= width:
-        return [cell]
-    if column == 0:
-        return fold_name(cell, width)
-    return wrap(cell, width) or [""]
 
 
 def fold_name(name: str, width: int) -> list[str]:

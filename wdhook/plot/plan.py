@@ -181,7 +181,7 @@ def _lines(heading: str, characters: int) -> list[str]:
 
 def _round_number(largest: int) -> int:
     """The largest of 1, 2, 5, 10, 20, ... that is not above `largest`."""
-    power = 10 ** int(math.log10(largest))
+    power: int = 10 ** int(math.log10(largest))
     return max(factor * power for factor in (1, 2, 5) if factor * power <= max(largest, power))
 
 
