@@ -43,7 +43,7 @@ _COMMANDS = (inspect, audit, doctor, optimizers, demo)  # in the order of the he
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status.
+    """Run a command and return the exit status.
 
     Args:
         argv: the arguments, without the program; None takes those of the process.
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line; unknown commands and options are answered with near ones."""
+    """Parse a command line, and answer slips with near commands and options."""
     parser, commands = _parser()
     if not argv:
         parser.print_help(sys.stderr)

@@ -134,7 +134,7 @@ def half_life(steps: float, *, lr: float) -> float:
 
 
 def timescale(steps: float, *, lr: float) -> float:
-    """Choose λ so that the weights average the updates of about the last `steps` optimizer steps.
+    """Choose λ so that the weights average the updates of about the last `steps` steps.
 
     With decoupled decay the weights are an exponential moving average of updates, with a timescale
     of τ = 1/(lr·λ) steps; so λ = 1/(lr·steps). Wang & Aitchison (2024, arXiv:2405.13698) find good
@@ -170,7 +170,7 @@ def transfer(
     lr: tuple[float, float] = (1, 1),
     tokens: tuple[float, float] = (1, 1),
 ) -> float:
-    """Move a λ that worked to another batch size, learning rate or amount of data.
+    """Move a good λ to another batch size, learning rate or amount of data.
 
     λ·(B/B_ref)·(lr_ref/lr)·(D_ref/D) keeps the timescale τ = 1/(lr·λ), counted as a share of the
     run (arXiv:2405.13698; for batch and data also Bergsma et al. 2025, arXiv:2505.13738). A

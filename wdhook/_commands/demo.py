@@ -1,4 +1,4 @@
-"""``wdhook demo``: its arguments, and the packages that it needs. `digits` does the work."""
+"""``wdhook demo``: arguments and required packages. `digits` holds the trainings."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def _as_images(pixels: Tensor) -> Tensor:
 
 
 def _batches(data: Data, seed: int, epochs: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """The batches of each epoch, in an order that depends on the seed alone."""
+    """Yield the batches of each epoch, in an order set by the seed alone."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         order = torch.randperm(TRAIN, generator=generator)[: STEPS * BATCH]
@@ -82,7 +82,7 @@ class Block(nn.Module):
 
 
 def _model(seed: int) -> nn.Module:
-    """The network, with weights that depend on the seed alone; random states are restored."""
+    """Build the network, with weights set by the seed alone; restore random states."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return nn.Sequential(
@@ -103,7 +103,7 @@ def _model(seed: int) -> nn.Module:
 
 
 class Arm(NamedTuple):
-    """One way of decaying: the groups of the optimizer, and a context around the training."""
+    """A way of decaying: the groups of the optimizer, and a context around the training."""
 
     name: str
     groups: Callable[[nn.Module], list[Group]]
@@ -210,7 +210,7 @@ def bar(items: Iterable[Any], name: str, total: int, unit: str) -> Iterable[Any]
 
 
 def _differences(one: Run, other: Run) -> list[str]:
-    """The losses and tensors that are not equal to the last bit, in words."""
+    """Name the losses and tensors not equal to the last bit."""
     steps = (one.losses != other.losses).nonzero().flatten().tolist()
     tensors = []
     for name, value in one.state.items():

@@ -69,7 +69,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _print_table(runs: Mapping[str, Run], times: Times, data: Data) -> None:
-    """Print accuracy, norms and relative time of each training, and how they were measured."""
+    """Print accuracy, norms and relative time of each training, with the conditions."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -100,7 +100,7 @@ def _print_table(runs: Mapping[str, Run], times: Times, data: Data) -> None:
 
 
 def _print_verdict(differences: Sequence[str], ours: Run) -> None:
-    """Print that (c) and (d) are equal to the last bit, or, on stderr, where they differ."""
+    """Print whether (c) and (d) are equal to the last bit; differences go to stderr."""
     pair = f"{REFERENCE.name} and {OURS.name}"
     if differences:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Time per step of the demo's trainings, as ratios of steps that were taken side by side."""
+"""Time per step of the demo's trainings, as ratios of steps taken side by side."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _lap(model: nn.Module, optimizer: SGD, images: Tensor, labels: Tensor) -> fl
 
 
 class Ratio(NamedTuple):
-    """The median of paired ratios, and a 95 % interval of that median."""
+    """The median of paired ratios, and a 95 % interval of the median."""
 
     middle: float
     low: float
@@ -64,7 +64,7 @@ class Ratio(NamedTuple):
 
 
 def paired_ratio(times: Sequence[float], reference: Sequence[float]) -> Ratio | None:
-    """Compare times that were measured in the same rounds.
+    """Compare times measured in the same rounds.
 
     The interval is that of the sign test: two order statistics, which contain the median with a
     probability of at least 95 %, whatever the distribution of the noise.
@@ -91,7 +91,7 @@ def _rank(number: int) -> int | None:
 
 
 def ratios(times: Times, reference: str) -> dict[str, Any]:
-    """Name of the training → its `Ratio` to the reference, or None."""
+    """Compare each training with the reference: name → `Ratio`, or None."""
     found: dict[str, Any] = {}
     for name, mine in times.items():
         found[name] = paired_ratio(mine, times[reference])

@@ -1,4 +1,4 @@
-"""Help texts that fit the terminal: paragraphs and lists wrap, calls to copy keep their lines."""
+"""Help texts fitted to the terminal: paragraphs and lists wrap, calls stay whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NARROW = 30  # characters: narrower right columns go below the left one
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Writes descriptions and examples as they are, as far as they fit."""
+    """Keeps the lines of descriptions and examples, as far as the width allows."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         # What argparse.RawDescriptionHelpFormatter overrides to keep lines as they are.
@@ -21,7 +21,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def reflowed(text: str, width: int) -> list[str]:
-    """Lines of a help text, none of them wider than `width` where words allow.
+    """Break a help text into lines of at most `width` characters, where words allow.
 
     A text without lines that are too wide stays as it is.
     """
@@ -35,7 +35,7 @@ def reflowed(text: str, width: int) -> list[str]:
 
 
 def _blocks(lines: list[str]) -> list[str]:
-    """Paragraphs, items of lists and empty lines, each as one line."""
+    """Join each paragraph and each item of a list into a single line."""
     blocks: list[str] = []
     for line in lines:
         if blocks and _continues(blocks[-1], line):

@@ -89,7 +89,7 @@ def _parse_input(text: str) -> tuple[str | None, Any]:
 
 
 def _value(node: ast.expr) -> Any:
-    """Evaluate a literal, a dtype, or a call of a factory whose arguments are such values."""
+    """Evaluate a literal, a dtype, or a call of a factory with such arguments."""
     if isinstance(node, ast.Call):
         factory = _name(node.func)
         if factory not in _FACTORIES:

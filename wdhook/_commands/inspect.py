@@ -1,4 +1,4 @@
-"""``wdhook inspect``: the plan of a model that is built without memory for its parameters."""
+"""``wdhook inspect``: the plan of a model, built without memory for parameters."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _depth(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the plan, or its difference to a recipe.
+    """Print the plan, or the difference to a recipe.
 
     Raises:
         UsageError: the target cannot be built, an override matches nothing, or matplotlib is
@@ -189,7 +189,7 @@ def _print_diff(diff: PlanDiff, summary: bool) -> None:
 
 @dataclass(frozen=True)
 class Module:
-    """The decisions below one module, as sums.
+    """Sums of the decisions below a module.
 
     Attributes:
         name: path in the model, cut at a depth; "(model)" for parameters of the model itself.
@@ -205,7 +205,7 @@ class Module:
 
 
 def modules(decisions: Sequence[Decision], depth: int) -> list[Module]:
-    """Sum decisions by the module at this depth that holds them, in the order of the model."""
+    """Sum decisions by module at this depth, in the order of the model."""
     held: dict[str, list[Decision]] = {}
     for decision in decisions:
         path = ".".join(decision.name.split(".")[:-1][:depth])

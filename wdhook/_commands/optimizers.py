@@ -55,7 +55,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what is known of an optimizer, or the packages.
+    """Print the rows of an optimizer, or the packages.
 
     Raises:
         UsageError: no optimizer and no package has that name.
@@ -81,7 +81,7 @@ def entries() -> list[Entry]:
 
 
 def found(known: Sequence[Entry], name: str) -> list[Entry]:
-    """Entries of an optimizer or a package; where no name is equal, those that contain the text.
+    """Find entries by the name of an optimizer or a package, or by a part of the name.
 
     Raises:
         UsageError: there is none.
@@ -104,7 +104,7 @@ def found(known: Sequence[Entry], name: str) -> list[Entry]:
 
 
 def _names(entry: Entry) -> set[str]:
-    """Words that mean this entry: "nadam" is the name of "NAdam decoupled" too."""
+    """Names of this entry, in lower case: "nadam" is also "NAdam decoupled"."""
     optimizer = entry["optimizer"].lower()
     return {optimizer, optimizer.split(" ")[0], entry["package"].lower()}
 
@@ -132,7 +132,7 @@ def _print_entries(known: Sequence[Entry]) -> None:
 
 
 def _meaning(own: str) -> str:
-    """What to write for an optimizer whose own decay is of this kind."""
+    """Explain a kind of own decay, with the call of wdhook for it."""
     if own == _NOTHING:
         return "its own decay, none: the optimizer has no weight_decay that acts."
     kind = own.partition(",")[0]

@@ -67,7 +67,7 @@ def _override(text: str) -> Override:
 
 
 def overrides_of(arguments: argparse.Namespace) -> dict[str, float | bool] | None:
-    """The overrides of a command line; a selector given twice counts where it was given last."""
+    """Collect the overrides; a selector given twice counts at its last place."""
     found: dict[str, float | bool] = {}
     for selector, value in arguments.override:
         found.pop(selector, None)
@@ -77,7 +77,7 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, float | bool] | Non
 
 @contextmanager
 def near_selectors(arguments: argparse.Namespace, model: nn.Module) -> Iterator[None]:
-    """Add a question to the error of an override that matches nothing: a similar role or name.
+    """Add similar roles and names to the error of an override without a match.
 
     Raises:
         UsageError: an override matches nothing.
@@ -111,7 +111,7 @@ def as_dict(decision: Decision) -> dict[str, Any]:
 
 
 def sums(decisions: Sequence[Decision]) -> dict[str, int]:
-    """Numbers of tensors and elements, and of those that are decayed."""
+    """Count tensors and elements, all and decayed."""
     decayed = [d for d in decisions if d.weight_decay > 0]
     return {
         "tensors": len(decisions),

@@ -33,7 +33,7 @@ class UsageError(Exception):
 
 
 def program() -> str:
-    """The words that called this process: ``wdhook``, or ``python -m wdhook``."""
+    """Name this program as the user called it: ``wdhook`` or ``python -m wdhook``."""
     return SCRIPT if Path(sys.argv[0]).stem == SCRIPT else MODULE
 
 
@@ -46,7 +46,7 @@ def add_command(
     description: str,
     examples: str,
 ) -> argparse.ArgumentParser:
-    """Add the parser of one command, which leads to `run`; the texts keep their line breaks."""
+    """Add the parser of a command, and let it lead to `run`."""
     parser = commands.add_parser(
         name,
         help=summary,
@@ -60,7 +60,7 @@ def add_command(
 
 
 def one_of(choices: Sequence[str]) -> Callable[[str], str]:
-    """A `type=` of argparse that takes one of `choices`, and names the nearest one in its error.
+    """Make a `type=` of argparse for `choices`, with the nearest choice in its error.
 
     Raises:
         argparse.ArgumentTypeError: (of the function returned) the text is none of `choices`.
@@ -78,7 +78,7 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
 
 
 def braced(choices: Iterable[str]) -> str:
-    """Choices as argparse writes them in a usage line: ``{a,b}``."""
+    """Write choices like argparse in a usage line: ``{a,b}``."""
     return f"{{{','.join(choices)}}}"
 
 
@@ -95,22 +95,22 @@ def first_line(error: BaseException) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and its noun, which takes an "s" unless the number is 1: "1 tensor", "0 tensors"."""
+    """Write a number with its noun, in the singular for 1: "1 tensor", "0 tensors"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def with_article(noun: str) -> str:
-    """A noun after "a" or "an", by its first letter."""
+    """Put "a" or "an" before a noun."""
     return f"an {noun}" if noun[:1].lower() in "aeiou" else f"a {noun}"
 
 
 def say(arguments: argparse.Namespace, sentence: str) -> None:
-    """Print a remark of a command to stderr, so that stdout holds the answer alone."""
+    """Print a remark to stderr; stdout holds the answer alone."""
     print(f"{program()} {arguments.command}: {sentence}", file=sys.stderr)
 
 
 def require(what: str, packages: Sequence[str]) -> None:
-    """Check that optional packages are installed.
+    """Check for optional packages.
 
     Raises:
         UsageError: one is missing; `what` is the subject of the sentence.
@@ -126,7 +126,7 @@ def require(what: str, packages: Sequence[str]) -> None:
 
 
 def picture(text: str) -> Path:
-    """A `type=` of argparse: a picture that can be written, checked before the work and not after.
+    """A `type=` of argparse for pictures: checks suffix and place before any work.
 
     Raises:
         argparse.ArgumentTypeError: the suffix is none of `PICTURES`, or the place is not writable.

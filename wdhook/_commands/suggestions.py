@@ -18,13 +18,13 @@ _MANY = 15  # names in a message
 
 
 def near_file(path: Path) -> str:
-    """A question about a file that does not exist: a near one in the same folder."""
+    """Ask about a missing file: near names in the same folder."""
     folder = path.parent
     return did_you_mean(path.name, _python_files(folder)) if folder.is_dir() else ""
 
 
 def near_package(name: str) -> str:
-    """A question about a package that cannot be imported: an installed one, or a submodule."""
+    """Ask about a package that cannot be imported: near packages or submodules."""
     parent, _, last = name.rpartition(".")
     if not parent:
         files = [file.removesuffix(".py") for file in _python_files(Path.cwd())]
@@ -38,7 +38,7 @@ def near_package(name: str) -> str:
 
 
 def place_and_name(target: str) -> str:
-    """A question about a target without a colon: the same with one, where that can be told."""
+    """Ask about a target without a colon: the same place and name, with a colon."""
     path = Path(target)
     if path.suffix == ".py" and path.is_file():
         names = _defined(path)
@@ -50,7 +50,7 @@ def place_and_name(target: str) -> str:
 
 
 def listed(module: Any, like: str) -> str:
-    """Names of the functions and classes of a module, near ones first, and a question."""
+    """List the functions and classes of a module, near names first, and ask."""
     names = []
     for name, value in vars(module).items():
         if callable(value) and not name.startswith("_"):
@@ -63,7 +63,7 @@ def listed(module: Any, like: str) -> str:
 
 
 def near_model_of_timm(name: str) -> str:
-    """A question about a name that timm does not have."""
+    """Ask about a name unknown to timm."""
     timm: Any = sys.modules["timm"]
     return did_you_mean(name, timm.list_models())
 
@@ -74,7 +74,7 @@ def _python_files(folder: Path, suffix: bool = True) -> list[str]:
 
 
 def _defined(path: Path) -> list[str]:
-    """Names of the functions and classes of a file, which is parsed and not run."""
+    """List the functions and classes of a file by parsing, without running it."""
     try:
         body = ast.parse(path.read_text(encoding="utf-8")).body
     except (SyntaxError, UnicodeDecodeError):

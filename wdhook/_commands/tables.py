@@ -1,4 +1,4 @@
-"""Tables and paragraphs on a terminal: as wide as it is, and in colour where it has some.
+"""Tables and paragraphs, fitted to the terminal and coloured there.
 
 A pipe or a file gets the whole text, without colour: the same bytes on every machine.
 """
@@ -27,7 +27,7 @@ def on_terminal() -> bool:
 
 
 def in_colour() -> bool:
-    """Colours are wanted: stdout is a terminal that has some, and NO_COLOR is not set."""
+    """Decide on colours: stdout is a terminal with colours, and NO_COLOR is not set."""
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return False
     if os.name == "nt" and "WT_SESSION" not in os.environ:  # older consoles print the codes
@@ -36,7 +36,7 @@ def in_colour() -> bool:
 
 
 def painted(text: str, *codes: str | None) -> str:
-    """Text between ANSI codes; unchanged without codes, and where there are no colours."""
+    """Put text between ANSI codes, if the terminal has colours."""
     wanted = ";".join(code for code in codes if code)
     if not wanted or not in_colour():
         return text
@@ -44,7 +44,7 @@ def painted(text: str, *codes: str | None) -> str:
 
 
 def paragraph(text: str, indent: str = "", later: str | None = None) -> list[str]:
-    """Text as lines: of 120 characters, or as wide as a terminal that is narrower.
+    """Wrap text to 120 characters, or to a narrower terminal.
 
     Args:
         later: before all lines but the first; None is `indent`.
@@ -66,7 +66,7 @@ def print_table(
     strong: Sequence[bool] = (),
     colours: Sequence[str] = (),
 ) -> None:
-    """Print rows below their heading.
+    """Print a table.
 
     Args:
         rows: the first is the heading.
@@ -89,7 +89,7 @@ def print_table(
 
 
 def fitted(rows: Sequence[Row], width: int) -> list[int]:
-    """Widths of columns that fit into `width` characters, as far as they can.
+    """Choose widths of columns for a table of `width` characters, as far as possible.
 
     Columns of sentences become narrower first, the last of them before the others, down to their
     longest word; then the first column, which holds names, to the longest part between dots. Words
@@ -122,7 +122,7 @@ def _columns() -> int:
 
 
 def _lines(row: Row, widths: Sequence[int], right: set[int]) -> list[str]:
-    """A row as lines: cells that are wider than their column go on below."""
+    """Break a row into lines, each cell within its column."""
     name, *others = zip(row, widths, strict=True)
     cells = [fold_name(*name)]
     cells += [wrap(cell, width) or [""] for cell, width in others]

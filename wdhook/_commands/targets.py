@@ -36,7 +36,7 @@ _KINDS = TARGETS.partition("\n")[2].rstrip()
 
 
 def load(target: str) -> Any:
-    """Import the object that `target` names, or a function that builds a model of a library.
+    """Import the object of a target, or a function that builds a model of a library.
 
     Raises:
         UsageError: there is no such object, or importing it raised an error.
@@ -77,7 +77,7 @@ def _imported(name: str) -> Any:
 
 
 def _run_file(path: Path) -> Any:
-    """Import a file by its path. The file can import its neighbours, as when Python runs it."""
+    """Import a file by path. The file can import its neighbours, like a script."""
     if not path.is_file():
         raise UsageError(
             f"`target` names a file that does not exist.\n  file: {path}{near_file(path)}\n"
@@ -173,7 +173,7 @@ def build_model(
 
 
 def call(named: Any, target: str, kwargs: dict[str, Any]) -> Any:
-    """Call what a target names."""
+    """Call the object of a target."""
     if not callable(named):
         raise UsageError(
             "`target` must name a function, a class or a model.\n"
@@ -194,7 +194,7 @@ def _checked(made: Any, target: str) -> nn.Module:
 
 @contextmanager
 def users_code(what: str) -> Iterator[None]:
-    """Run code of the user: its prints go to stderr, its errors become a `UsageError` with a place.
+    """Run code of the user: prints go to stderr, errors become a `UsageError` with a place.
 
     Errors of wdhook pass unchanged.
     """

@@ -43,7 +43,7 @@ _CALLS = 20  # a GradScaler that starts at 65536 has skipped at most 16 steps; l
 
 @dataclass
 class Training:
-    """The objects that ``make()`` returned."""
+    """The objects returned by ``make()``, by role."""
 
     model: nn.Module
     optimizers: list[Any]
@@ -75,12 +75,12 @@ class Seen:
         self.events += 1
 
     def heard(self, optimizer: Any) -> bool:
-        """The optimizer, or one inside it, has announced a step."""
+        """The optimizer, or an inner optimizer, has announced a step."""
         return any(id(o) in self.steps for o in (optimizer, *innermost(optimizer)))
 
 
 def training_of(made: Any, target: str, inputs: Sequence[str]) -> Training:
-    """Sort the objects that ``make()`` returned, by type.
+    """Sort the objects returned by ``make()`` by type.
 
     Raises:
         UsageError: one is missing, there are too many, or one is unknown.
@@ -128,7 +128,7 @@ def _parts(made: Any) -> Iterator[Any]:
 
 
 def _kind_of(part: Any) -> str | None:
-    """The role of an object in a training, or None if it has none."""
+    """Name the role of an object in a training, or return None."""
     if isinstance(part, nn.Module):
         return "model"
     if hasattr(part, "param_groups"):
@@ -160,7 +160,7 @@ def _not_a_training(got: str, target: str) -> UsageError:
 
 
 def projection(model: nn.Module, inputs: Sequence[str]) -> Tensor:
-    """A loss that depends on every floating output: ⟨output, r⟩ for random r, over its size.
+    """Compute a loss of all floating outputs: the mean of ⟨output, r⟩ for random r.
 
     Raises:
         UsageError: an input is not understood, or no output depends on a parameter.
@@ -190,7 +190,7 @@ def _on(device: torch.device, value: Any) -> Any:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[Seen]:
-    """Record which parameters get a gradient, and which optimizers step."""
+    """Record the parameters with a gradient, and the optimizers that step."""
     seen = Seen()
     handles: list[RemovableHandle] = []
     for param in model.parameters():

@@ -15,7 +15,7 @@ _JOINED = (1, 2, 3, 4, 6, 8, 12)  # blocks in a column, the fewest that fit
 
 
 class Part(NamedTuple):
-    """A column: neighbours in the model, and their label."""
+    """A column: neighbours in the model, with a label."""
 
     label: str
     decisions: list[Decision]
@@ -47,7 +47,7 @@ def parts(decisions: Sequence[Decision], most: int = MOST) -> list[Part]:
 
 
 def _at(decisions: Sequence[Decision], depth: int, most: int) -> list[Part]:
-    """Columns for the paths at one depth; none where even joined blocks are too many."""
+    """Make columns of the paths at a depth, or none if even joined blocks are too many."""
     blocks = []
     for label, run in groupby(decisions, lambda d: _path(d.name, depth)):
         blocks.append(Part(label, list(run)))
@@ -59,12 +59,12 @@ def _at(decisions: Sequence[Decision], depth: int, most: int) -> list[Part]:
 
 
 def _path(name: str, depth: int) -> str:
-    """The first `depth` components of the module of a parameter; without a module, its own name."""
+    """Cut the module path of a parameter at `depth`; a parameter of the model is its own path."""
     return ".".join(name.split(".")[:-1][:depth]) or name
 
 
 def _joined(blocks: Sequence[Part], size: int) -> list[Part]:
-    """Join blocks whose paths differ in the number at the end, `size` at a time: ``layers.0-3``."""
+    """Join blocks with consecutive numbers at the end, `size` at a time: ``layers.0-3``."""
     columns: list[Part] = []
     for _, run in groupby(blocks, lambda part: re.sub(r"\d+$", "#", part.label)):
         series = list(run)

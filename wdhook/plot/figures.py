@@ -19,6 +19,6 @@ def new_figure(width: float, height: float, *, constrained: bool = True) -> Figu
 
 
 def figure_of(ax: Any) -> Figure:
-    """The whole figure that holds axes, also of those in a part of it."""
+    """Find the whole figure of axes, also for axes in a subfigure."""
     figure: Figure = ax.figure.canvas.figure
     return figure

@@ -29,14 +29,14 @@ _IN_A_ROW = 3  # panels
 
 
 class _Line(NamedTuple):
-    """The values of one quantity in one training."""
+    """The values of a quantity in a training."""
 
     x: Sequence[float]
     y: Sequence[float]
 
 
 class _Training(NamedTuple):
-    """One training: a line for each panel."""
+    """A training: a line for each panel."""
 
     lines: dict[str, _Line]
     of_snapshots: bool
@@ -99,14 +99,14 @@ def norms(
 
 
 def _trainings(history: Any) -> dict[str, _Training]:
-    """Label of the line → training; a list of snapshots is one without a label."""
+    """Read a history: label of the line → training."""
     if not isinstance(history, Mapping):
         return {"": _training(history)}
     return {label: _training(one) for label, one in history.items()}
 
 
 def _names(trainings: Mapping[str, _Training]) -> list[str]:
-    """Titles of the panels, in the order of their first appearance."""
+    """Collect the titles of the panels, in the order of the trainings."""
     names: dict[str, None] = {}
     for training in trainings.values():
         names.update(dict.fromkeys(training.lines))
@@ -141,7 +141,7 @@ def _training(given: Any) -> _Training:
 
 
 def _heading(trainings: Mapping[str, _Training]) -> str | None:
-    """The λ of all trainings, or nothing where they differ in it."""
+    """Say the λ of all trainings, or nothing where it differs."""
     if len({tuple(training.λs[:1] + training.λs[-1:]) for training in trainings.values()}) != 1:
         return None
     λs = next(iter(trainings.values())).λs
@@ -192,7 +192,7 @@ def _label(axes: Sequence[Axes], ylabel: str) -> None:
 
 
 def _legend(where: Any, axes: Sequence[Axes], labels: Sequence[str], **place: Any) -> None:
-    """Name the lines in the order of the trainings, each of them once."""
+    """Name each line once, in the order of the trainings."""
     lines: dict[str, Any] = {}
     for panel in axes:
         for line, label in zip(*panel.get_legend_handles_labels(), strict=True):

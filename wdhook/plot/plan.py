@@ -42,7 +42,7 @@ _BOLD = 0.068  # of the heading, 8 points high
 
 
 def plan(plan: Mapping[str, Decision], *, ax: Axes | None = None) -> Figure:
-    """Draw which elements are decayed, by role and by place in the model.
+    """Draw the decayed and the exempt elements, by role and by place in the model.
 
     The area of a square is the number of elements that a part of the model has in a role. All
     squares have one scale, except those that would be too small to be seen: they are dots of one
@@ -135,7 +135,7 @@ class _Layout:
         return [d for d in self.columns[column].decisions if d.role == self.roles[row]]
 
     def drawn(self) -> Iterator[tuple[int, int]]:
-        """(column, row) of each cell that has parameters."""
+        """Yield (column, row) of each cell with parameters."""
         yield from self.sides
 
 
@@ -172,7 +172,7 @@ def _laid_out(decisions: Sequence[Decision], λ: float, width: float) -> _Layout
 
 
 def _lines(heading: str, characters: int) -> list[str]:
-    """The heading in one line, or broken after its first comma where that is too long."""
+    """Break the heading after its first comma, if too long for one line."""
     if len(heading) <= characters:
         return [heading]
     first, _, second = heading.partition(", ")
@@ -180,7 +180,7 @@ def _lines(heading: str, characters: int) -> list[str]:
 
 
 def _round_number(largest: int) -> int:
-    """The largest of 1, 2, 5, 10, 20, ... that is not above `largest`."""
+    """Find the largest of 1, 2, 5, 10, 20, ... up to `largest`."""
     power: int = 10 ** int(math.log10(largest))
     return max(factor * power for factor in (1, 2, 5) if factor * power <= max(largest, power))
 
@@ -234,7 +234,7 @@ def _draw_square(ax: Any, x: float, y: float, side: float, share: float, colour:
 
 
 def _draw_key(ax: Any, layout: _Layout) -> None:
-    """Say what full and empty mean, and, by dashed squares, how many elements an area is."""
+    """Explain full and empty squares, and the areas, by dashed squares."""
     y = layout.height - layout.key / 2
     text = {"fontsize": 7, "va": "center", "color": _GREY}
     x = 0.1
@@ -257,7 +257,7 @@ def _draw_key(ax: Any, layout: _Layout) -> None:
 
 
 def _draw_size(ax: Any, x: float, y: float, side: float) -> None:
-    """A dashed square, which no square of the picture is."""
+    """Draw a dashed square: no square of the picture is dashed."""
     half = side / 2
     xs, ys = [x, x + side, x + side, x, x], [y - half, y - half, y + half, y + half, y - half]
     dashes = (0, (2, 1.5)) if side > 2 * _DOT else "solid"  # a dot is too small for dashes
