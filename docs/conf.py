@@ -9,6 +9,7 @@ from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
 
 import wdhook
 
@@ -99,7 +100,7 @@ def setup(app: Sphinx) -> None:
     """Draw equations without scripts, and add what Markdown cannot say."""
     app.add_html_math_renderer("mathml", (draw_equation, None), (draw_equation, None))
     app.connect("doctree-read", use_public_names)
-    app.connect("doctree-read", add_index)
+    app.add_transform(AddIndex)
     app.connect("doctree-resolved", add_narrow_figures)
     app.connect("html-page-context", add_scripts)
 
@@ -118,14 +119,19 @@ def use_public_names(app: Sphinx, tree: nodes.document) -> None:
         reference["reftarget"] = ALIASES.get(target, target)
 
 
-def add_index(app: Sphinx, tree: nodes.document) -> None:
-    """Put the index terms of a page before it."""
-    page = app.env.current_document.docname
-    terms = INDEX.get(page, [])
-    if terms:
-        entries = [("single", term, f"index-{page}", "", None) for term in terms]
-        tree[0].insert(0, nodes.target("", "", ids=[f"index-{page}"]))
-        tree[0].insert(0, addnodes.index(entries=entries))
+class AddIndex(SphinxTransform):
+    """Put the index terms of a page at its beginning."""
+
+    default_priority = 500  # before Sphinx collects the terms, at 850
+
+    def apply(self, **_: Any) -> None:
+        """Change the page that is being read."""
+        page = self.env.docname
+        terms = INDEX.get(page, [])
+        if terms:
+            entries = [("single", term, f"index-{page}", "", None) for term in terms]
+            self.document[0].insert(1, nodes.target("", "", ids=[f"index-{page}"]))
+            self.document[0].insert(1, addnodes.index(entries=entries))
 
 
 def add_narrow_figures(app: Sphinx, tree: nodes.document, page: str) -> None:

@@ -1,4 +1,5 @@
-"""The pages: every public name is on them, nothing else is, every link arrives, every page can be found."""
+"""The pages: every public name is on them, nothing else is, every link arrives, every page can be
+found."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def test_the_page_of_names_has_every_public_name_once_and_no_other() -> None:
 
 
 def test_the_public_names_are_seen() -> None:
-    """The check above is not blind: it knows names of each face, and private ones are not among them."""
+    """The check above is not blind: it knows names of each face, and private ones are not among
+    them."""
     names = public_names()
     assert {
         "wdhook.attach",
@@ -98,7 +100,8 @@ def classes() -> list[type]:
 
 
 def undocumented(owner: type) -> list[str]:
-    """Public members that the class defines itself and that autodoc would leave out, having nothing to say."""
+    """Public members that the class defines itself and that autodoc would leave out, having nothing
+    to say."""
     told = inspect.getdoc(owner) or ""
     return [
         name
@@ -111,7 +114,8 @@ def undocumented(owner: type) -> list[str]:
 
 @pytest.mark.parametrize("owner", classes(), ids=lambda owner: owner.__name__)
 def test_every_member_is_documented(owner: type) -> None:
-    """Methods, properties and fields of public classes have a docstring, or a line under Attributes."""
+    """Methods, properties and fields of public classes have a docstring, or a line under
+    Attributes."""
     assert undocumented(owner) == []
 
 
@@ -162,7 +166,8 @@ def test_errors_under_raises_exist() -> None:
 
 
 def test_every_error_is_explained_to_users() -> None:
-    """Each error and the warning is on a page that says when it comes, not only on the page of names."""
+    """Each error and the warning is on a page that says when it comes, not only on the page of
+    names."""
     pages = "".join(
         page.read_text() for page in DOCS.glob("*.md") if page.stem.split("-")[0] != "api"
     )
@@ -280,7 +285,8 @@ def _listed(page: str) -> list[str]:
 
 
 def test_every_room_has_its_place() -> None:
-    """The list of rooms in docs/how-it-works.md has each room once, below everything that it imports."""
+    """The list of rooms in docs/how-it-works.md has each room once, below everything that it
+    imports."""
     text = (DOCS / "how-it-works.md").read_text()
     listed = re.findall(r"`(\w+(?:\.py|/))`", text[text.index("| room | in → out |") :])
     place: dict[str, int] = {}

@@ -1,4 +1,5 @@
-"""docs/science.md: its numbers are those of the experiment, the experiment runs, and its formulas hold."""
+"""docs/science.md: its numbers are those of the experiment, the experiment runs, and its formulas
+hold."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ def test_the_numbers_of_the_page_are_those_that_were_measured() -> None:
 
 
 def test_the_conclusions_follow_from_the_numbers() -> None:
-    """What the page says in bold: only decaying nothing differs from decaying the weights, and it is worse."""
+    """What the page says in bold: only decaying nothing differs from decaying the weights, and it
+    is worse."""
     arms = {name: arm for name, arm in NUMBERS["roles"]["arms"].items() if name != "weights"}
     assert [name for name, arm in arms.items() if abs(arm["difference"]) > arm["interval"]] == [
         "nothing"
@@ -93,7 +95,8 @@ def test_the_conclusions_follow_from_the_numbers() -> None:
 
 @pytest.mark.parametrize("λ", [0.0, 0.3])
 def test_pythagoras(λ: float) -> None:
-    """‖w′‖² = (1 − lr·λ)²·‖w‖² + lr²·‖g‖² for a weight that a normalization follows, and not for one without."""
+    """‖w′‖² = (1 − lr·λ)²·‖w‖² + lr²·‖g‖² for a weight that a normalization follows, and not for
+    one without."""
     torch.manual_seed(0)
     x, lr = torch.randn(16, 4, dtype=torch.float64), 0.5
     for normalized in (True, False):

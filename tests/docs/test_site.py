@@ -110,6 +110,19 @@ def test_names_of_torch_lead_to_its_documentation(site: Path) -> None:
     assert any("matplotlib.figure.Figure" in address for address in pictures)
 
 
+def test_the_index_has_the_words_of_others(site: Path) -> None:
+    """Terms that our pages do not use as titles lead to a page, at an anchor that exists."""
+    text = (site / "genindex.html").read_text()
+    for term, page in (
+        ("freeze", "resume-and-finetuning"),
+        ("tied weights", "which-parameters"),
+        ("bf16", "amp"),
+        ("wandb", "logging"),
+        ("RMSNorm", "which-parameters"),
+    ):
+        assert f'<a href="{page}.html#index-{page}">{term}</a>' in text
+
+
 # -- in a browser ----------------------------------------------------------------------------------
 
 
