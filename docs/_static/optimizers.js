@@ -35,8 +35,7 @@ document.addEventListener("DOMContentLoaded", () => {
   const head = table.createTHead().insertRow();
   const body = table.createTBody();
   found.append(table);
-  // Before the section of the first package, or in its place where the tables have no sections.
-  tables[0].closest("section").before(search, found);
+  document.querySelector("article section > p").after(search, found);
 
   let shown = false;
   let by = 0;

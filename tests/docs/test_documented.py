@@ -64,7 +64,7 @@ def _is_function_of(module: ModuleType, name: str, thing: object) -> bool:
     )
 
 
-# -- names ------------------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 
 def test_the_page_of_names_has_every_public_name_once_and_no_other() -> None:
@@ -176,7 +176,7 @@ def test_every_error_is_explained_to_users() -> None:
     assert silent == {"WdhookError"}  # the base, which nobody raises by itself
 
 
-# -- what the pages say exists -----------------------------------------------------------------------------------
+# -- what the pages say exists ---------------------------------------------------------------------
 
 
 def unknown(text: str) -> set[str]:
@@ -218,11 +218,12 @@ def test_pages_name_only_what_exists(page: Path) -> None:
 
 def test_a_name_that_does_not_exist_is_seen() -> None:
     """The check above can fail."""
-    text = "`wdhook.attach(model)`, `wdhook.atach`, decay.remove(), decay.restart(), wdhook.Plan.diff, wdhook.Plan.dif"
+    text = "`wdhook.attach(model)`, `wdhook.atach`, decay.remove(), decay.restart(), "
+    text += "wdhook.Plan.diff, wdhook.Plan.dif"
     assert unknown(text) == {"wdhook.atach", "decay.restart", "wdhook.Plan.dif"}
 
 
-# -- links ------------------------------------------------------------------------------------------------------
+# -- links -----------------------------------------------------------------------------------------
 
 
 def anchors(text: str) -> set[str]:
@@ -258,7 +259,8 @@ def test_every_link_arrives(page: Path) -> None:
 
 def test_a_broken_link_is_seen() -> None:
     """The check above can fail, for files and for headings; code is no link."""
-    text = "# A `b` c\n[1](modes.md#which-moment) [2](modes.md#no) [3](no.md) [4](#a-b-c) [5](#b) `[6](x)`\n"
+    text = "# A `b` c\n[1](modes.md#which-moment) [2](modes.md#no) [3](no.md) "
+    text += "[4](#a-b-c) [5](#b) `[6](x)`\n"
     text += "```\n[7](y)\n```\n"
     assert broken(DOCS / "here.md", text) == ["modes.md#no", "no.md", "#b"]
 
