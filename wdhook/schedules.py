@@ -204,7 +204,7 @@ def dose(
 ) -> float:
     """Add up the decay of a whole run: −Σ log(1 − lr·λ) over its optimizer steps.
 
-    Decay alone would multiply the weights by e^(−dose). Below 0.1 decay does next to nothing, as in
+    Decay alone would multiply the weights by e^(−dose). Below 0.01 decay does nothing, as in
     many runs of fine-tuning; above 3 the initial values are forgotten.
 
     Args:

@@ -23,21 +23,14 @@ ROOT = Path(__file__).parents[2]
 NEEDED = ("sphinx", "furo", "myst_parser", "sphinx_copybutton")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        any(find_spec(name) is None for name in NEEDED), reason="the extra `docs` is not installed"
-    ),
-]
-in_a_browser = pytest.mark.skipif(
-    find_spec("playwright") is None or find_spec("PIL") is None or CHROMIUM is None,
-    reason="Playwright, Pillow or Chromium is not installed",
-)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built without a warning."""
+    if any(find_spec(name) is None for name in NEEDED):
+        pytest.skip("the extra `docs` is not installed")
     folder = tmp_path_factory.mktemp("site")
     build = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-n", "docs", str(folder)]
     ran = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -129,6 +122,8 @@ def test_the_index_has_the_words_of_others(site: Path) -> None:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Headless Chromium."""
+    if find_spec("playwright") is None or find_spec("PIL") is None or CHROMIUM is None:
+        pytest.skip("Playwright, Pillow or Chromium is not installed")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -148,10 +143,9 @@ def opened(browser: Any, page: Path, width: int, scheme: str, query: str = "") -
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
-@in_a_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_no_page_overflows(browser: Any, site: Path, width: int, scheme: str) -> None:
+def test_no_page_overflows(site: Path, browser: Any, width: int, scheme: str) -> None:
     """No page is wider than the window, on a desk and on a telephone."""
     found = {}
     tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
@@ -162,8 +156,7 @@ def test_no_page_overflows(browser: Any, site: Path, width: int, scheme: str) ->
     assert {name: pixels for name, pixels in found.items() if pixels > 0} == {}
 
 
-@in_a_browser
-def test_an_overflow_is_seen(browser: Any, site: Path, tmp_path: Path) -> None:
+def test_an_overflow_is_seen(site: Path, browser: Any, tmp_path: Path) -> None:
     """Twin: a page that is too wide is measured as such."""
     wide = tmp_path / "wide.html"
     wide.write_text('<div style="width: 500px">x</div>')
@@ -176,11 +169,10 @@ FIGURES = [("how-it-works", "timeline"), ("science", "equilibrium"), ("science",
 FIGURES += [("command-line", "plan"), ("performance", "growth")]
 
 
-@in_a_browser
 @pytest.mark.parametrize(("page", "name"), FIGURES, ids=lambda value: value)
 @pytest.mark.parametrize("width", [1280, 390])
 def test_pictures_follow_the_colour_scheme(
-    browser: Any, site: Path, page: str, name: str, width: int
+    site: Path, browser: Any, page: str, name: str, width: int
 ) -> None:
     """The paper of a drawing is light on a light page, and dark on a dark one."""
     from PIL import Image
@@ -197,9 +189,8 @@ def test_pictures_follow_the_colour_scheme(
     assert brightness["dark"] < 60
 
 
-@in_a_browser
 @pytest.mark.parametrize("name", [name for _, name in FIGURES])
-def test_telephones_get_narrow_drawings(browser: Any, site: Path, name: str) -> None:
+def test_telephones_get_narrow_drawings(site: Path, browser: Any, name: str) -> None:
     """At 390 pixels the browser takes the drawing of that width, and at 1280 the wide one."""
     page = next(page for page, figure in FIGURES if figure == name)
     for width, folder in ((390, "_static/figures"), (1280, "_images")):
@@ -223,9 +214,8 @@ WORDS = {
 }
 
 
-@in_a_browser
 @pytest.mark.parametrize(("words", "page"), WORDS.items(), ids=WORDS)
-def test_the_search_finds(browser: Any, site: Path, words: str, page: str) -> None:
+def test_the_search_finds(site: Path, browser: Any, words: str, page: str) -> None:
     """A word that people look for leads to the page that answers."""
     tab = opened(browser, site / "search.html", 1280, "light", f"?q={words}")
     tab.wait_for_selector("#search-results ul.search li a")
@@ -237,8 +227,7 @@ def test_the_search_finds(browser: Any, site: Path, words: str, page: str) -> No
     assert f"{page}.html" in links
 
 
-@in_a_browser
-def test_the_search_does_not_find_what_is_not_there(browser: Any, site: Path) -> None:
+def test_the_search_does_not_find_what_is_not_there(site: Path, browser: Any) -> None:
     """Twin: a word of no page has no results."""
     tab = opened(browser, site / "search.html", 1280, "light", "?q=marmalade")
     tab.wait_for_function("document.querySelector('#search-results p')?.textContent.length > 0")
@@ -246,8 +235,7 @@ def test_the_search_does_not_find_what_is_not_there(browser: Any, site: Path) ->
     tab.close()
 
 
-@in_a_browser
-def test_the_optimizers_can_be_filtered_and_sorted(browser: Any, site: Path) -> None:
+def test_the_optimizers_can_be_filtered_and_sorted(site: Path, browser: Any) -> None:
     """Words filter all packages at once, a click on a heading sorts, another turns around."""
     tab = opened(browser, site / "optimizers.html", 1280, "light")
     found = tab.locator(".optimizers-found")
@@ -269,8 +257,7 @@ def test_the_optimizers_can_be_filtered_and_sorted(browser: Any, site: Path) -> 
     tab.close()
 
 
-@in_a_browser
-def test_examples_paste_as_code(browser: Any, site: Path) -> None:
+def test_examples_paste_as_code(site: Path, browser: Any) -> None:
     """The button copies the code of a doctest, without prompts and without results."""
     context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
     tab = context.new_page()
