@@ -21,7 +21,9 @@ from .invariance import SEED, Projections, Scale, scales, threshold
 from .norm_eps import shrink
 from .operations import DECAYED_USES, SILENT_USES, Use
 from .report import Audit
-from .sandbox import Copies, isolated, tensors_in
+from .copies import Copies
+from .nested import tensors_in
+from .sandbox import isolated
 from .trace import Seen, Trace
 
 # The roles that a use may have; the first is meant where the static one is none of them.

@@ -28,7 +28,7 @@ from .operations import (
     pointwise_use,
     use_of,
 )
-from .sandbox import tensors_in
+from .nested import tensors_in
 
 _LOW = (torch.float32, torch.bfloat16, torch.float16)
 
