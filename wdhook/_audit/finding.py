@@ -48,6 +48,7 @@ class Finding:
     sensitivity: float | None = None
     invariant: bool | None = None
     rows: tuple[int, int] | None = None
+    doubt: str = ""
 
     @property
     def should_decay(self) -> bool:

@@ -38,12 +38,14 @@ class Audit(Mapping[str, Finding]):
         threshold: float | None,
         eps_share: float,
         training: bool,
+        stopped: tuple[str, ...] = (),
     ) -> None:
         self._findings = dict(findings)
         self.dtype = dtype
         self.threshold = threshold
         self.eps_share = eps_share
         self.training = training
+        self.stopped = stopped
         self._bare = {bare_name(name): finding for name, finding in self._findings.items()}
 
     def __getitem__(self, name: str) -> Finding:
