@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .nested import PLAIN, fields_of, slots_of
+from .nested import PLAIN_TYPES, fields_of, has_slots, slots_of
 
 _COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
@@ -63,13 +63,15 @@ class Copies:
 
     def of(self, value: Any) -> Any:
         """Return the copy of a value, or the value itself where only its fields were exchanged."""
-        if type(value) in PLAIN:
+        kind = type(value)
+        if kind in PLAIN_TYPES:
             return value
         known = self._known.get(id(value))
         if known is not None:
             return known[1]
         self._known[id(value)] = value, value  # a container may hold itself
-        made = self._make(value)
+        maker = _MAKERS.get(kind)
+        made = self._make(value) if maker is None else maker(self, value)
         self._known[id(value)] = value, made
         return made
 
@@ -93,9 +95,6 @@ class Copies:
             return self._tensor(value)
         if isinstance(value, nn.Module):
             return self._exchange_fields(value)
-        maker = self._maker(type(value))
-        if maker is not None:
-            return maker(value)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*map(self.of, value))
         if _is_whole(value):
@@ -104,23 +103,11 @@ class Copies:
             return self._iterator(value)
         return self._exchange(value)
 
-    def _maker(self, kind: type) -> Callable[[Any], Any] | None:
-        """Return the function that copies a built-in container of exactly this type."""
-        makers: dict[type, Callable[[Any], Any]] = {
-            dict: self._dict,
-            OrderedDict: self._dict,
-            list: self._list,
-            deque: self._deque,
-            tuple: lambda held: tuple(map(self.of, held)),
-            set: lambda held: set(map(self.of, held)),
-        }
-        return makers.get(kind)
-
     def _dict(self, held: dict[Any, Any]) -> dict[Any, Any]:
         made = type(held)()
         self._known[id(held)] = held, made
         for key, item in held.items():
-            made[key] = self.of(item)
+            made[key] = item if type(item) in PLAIN_TYPES else self.of(item)
         return made
 
     def _list(self, held: list[Any]) -> list[Any]:
@@ -134,6 +121,12 @@ class Copies:
         self._known[id(held)] = held, made
         made.extend(map(self.of, held))
         return made
+
+    def _tuple(self, held: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(map(self.of, held))
+
+    def _set(self, held: set[Any]) -> set[Any]:
+        return set(map(self.of, held))
 
     def _iterator(self, held: Iterator[Any]) -> Iterator[Any]:
         # What is known already, modules above all, stays one thing.
@@ -182,9 +175,11 @@ class Copies:
             saved = dict(fields)
             self._undo.append(partial(_refill, dict, fields, list(saved.items())))
             for key, item in saved.items():
-                fields[key] = self.of(item)
-        for name, item in list(slots_of(value)):
-            self._exchange_slot(value, name, item)
+                if type(item) not in PLAIN_TYPES:
+                    fields[key] = self.of(item)
+        if has_slots(type(value)):
+            for name, item in list(slots_of(value)):
+                self._exchange_slot(value, name, item)
         self._exchange_class(type(value))
         return value
 
@@ -231,6 +226,17 @@ class Copies:
         if dtype.is_floating_point and dtype.itemsize > 1:  # float8 is storage, not arithmetic
             return self._dtype
         return dtype
+
+
+# The functions that copy the built-in containers, for exactly these types.
+_MAKERS: dict[type, Callable[[Copies, Any], Any]] = {
+    dict: Copies._dict,
+    OrderedDict: Copies._dict,
+    list: Copies._list,
+    deque: Copies._deque,
+    tuple: Copies._tuple,
+    set: Copies._set,
+}
 
 
 def _refill(kind: Any, held: Any, saved: list[tuple[Any, Any]]) -> None:

@@ -13,7 +13,7 @@ for a weight whose scale does not matter.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +22,12 @@ from torch import Tensor
 from .projections import Projections
 
 _LEAKS = 10.0  # ⟨r, Jw⟩ is normally distributed: ten standard deviations
-_BY_CHANCE = (2 / math.pi) ** 0.5  # P(|N(0, 1)| < τ) ≤ √(2/π)·τ
+# P(|N(0, 1)| < τ) ≤ √(2/π)·τ. The scale of a weight may matter less than that of an average direction;
+# a quarter of it is assumed.
+_BY_CHANCE = 4 * (2 / math.pi) ** 0.5
 _NEGLIGIBLE = 1e-4  # probability that chance makes any weight or row of a model look invariant
 _MOST = 8  # projections
+_SMALL = 2**14  # elements of a tensor that is copied beside others to be measured with them
 _CANCELLED = 1e3  # rounding of a sum of 1e6 terms that cancels, in units of machine epsilon: √1e6
 _INDEPENDENT = 1e-3  # part of a gradient that the earlier projections do not span
 _ANOTHER_FACTOR = 1.1  # no power of two: all roundings change
@@ -68,7 +71,8 @@ def threshold(epsilon: float, leak: float) -> float:
     Of an invariant weight, s is the relative rounding error of its gradient, plus what the eps of the
     normalization leaks. √epsilon is exceeded by the first only when half of all digits are lost in the backward
     pass. The second is a normal variable whose standard deviation is the leak. Of a weight whose scale matters,
-    s is about |N(0, 1)|: each independent projection is below τ by chance with a probability of 0.8·τ.
+    s is about |N(0, 1)|: each independent projection is below τ by chance with a probability of 0.8·τ, or of
+    3.2·τ where the scale matters a quarter as much.
     """
     return math.sqrt(epsilon) + _LEAKS * leak
 
@@ -94,43 +98,65 @@ def scales(
     effects = _effects(leaves, gradients)
     largest = max(effects.values(), default=0.0)
     floor = (_CANCELLED * epsilon + leak) * largest
-    moving = [name for name, effect in effects.items() if effect > floor]
-    for name in effects.keys() - moving:
-        found[name] = Scale(doubt=NO_EFFECT)
-    faint = [name for name in moving if effects[name] <= math.sqrt(epsilon) * largest]
+    faint = [n for n, effect in effects.items() if floor < effect <= math.sqrt(epsilon) * largest]
     rounding = _rounding(projections, gradients, faint)
-    evidence = {
-        name: Evidence(leaves[name], axes.get(name), floor)
-        for name in moving
-        if rounding.get(name, 0.0) < _REPRODUCED
-    }
-    for name in faint:
-        if name not in evidence:
+    moving: dict[str, Tensor] = {}
+    for name, effect in effects.items():
+        if effect > floor and rounding.get(name, 0.0) < _REPRODUCED:
+            moving[name] = gradients[name]
+        else:
             found[name] = Scale(doubt=NO_EFFECT)
-    limit = threshold(epsilon, leak)
-    _collect(projections, evidence, gradients, limit)
-    tests = sum(1 + one.rows for one in evidence.values())
-    for name, one in evidence.items():
-        found[name] = one.verdict(limit, tests, rounding.get(name, 0.0))
+    evidence = [
+        Evidence(names, leaves, axes.get(names[0]), floor) for names in _alike(moving, axes)
+    ]
+    tests = sum(one.tests for one in evidence)
+    question = Question(threshold(epsilon, leak), tests)
+    _collect(projections, evidence, moving, question)
+    for one in evidence:
+        found.update(one.verdicts(question, rounding))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """The question that all projections answer.
+
+    Attributes:
+        limit: see `threshold`.
+        tests: number of weights and rows of the model that are asked at once.
+    """
+
+    limit: float
+    tests: int
+
+
+def _alike(gradients: Mapping[str, Tensor], axes: Mapping[str, int]) -> list[list[str]]:
+    """Group small parameters of one shape, which are measured together; a large one is alone."""
+    groups: dict[object, list[str]] = {}
+    for name, g in gradients.items():
+        small = g.numel() <= _SMALL
+        key = (g.shape, axes.get(name), g.dtype, g.device) if small else name
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
 
 
 def _collect(
     projections: Projections,
-    evidence: Mapping[str, Evidence],
+    evidence: Sequence[Evidence],
     gradients: Mapping[str, Tensor],
-    limit: float,
+    question: Question,
 ) -> None:
     """Add projections to the evidence until it decides, or no direction of the outputs is left."""
-    for name, one in evidence.items():
-        one.add(gradients[name])
-    tests = sum(1 + one.rows for one in evidence.values())
+    for one in evidence:
+        one.add(gradients)
+    if question.limit >= 1:
+        return
     for _ in range(1, min(_MOST, projections.dimensions)):
-        doubted = [name for name, one in evidence.items() if one.in_doubt(limit, tests)]
-        if not doubted or limit >= 1:
+        doubted = [one for one in evidence if one.in_doubt(question)]
+        if not doubted:
             return
-        more = projections.gradients(doubted)
-        grown = [evidence[name].add(more[name]) for name in doubted if name in more]
+        more = projections.gradients([name for one in doubted for name in one.names])
+        grown = [one.add(more) for one in doubted]
         if not any(grown):
             return
 
@@ -174,71 +200,88 @@ def _effects(leaves: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> d
 
 
 class Evidence:
-    """The projections of one parameter, of the whole and of each row.
+    """The projections of parameters of one shape, of each as a whole and of each row.
 
-    Only the part of a gradient counts that the earlier projections do not span: where the parameter
+    Only the part of a gradient counts that the earlier projections do not span: where a parameter
     acts on a scalar loss alone, every projection is a multiple of the first and adds nothing.
 
     Args:
-        weight: the parameter.
+        names: of the parameters.
+        leaves: name → parameter.
         axis: of the rows; None without rows.
         floor: effect ‖w‖·‖g‖ below which a row does not act on the outputs.
     """
 
-    def __init__(self, weight: Tensor, axis: int | None, floor: float) -> None:
-        weight = _real(weight.detach())
+    def __init__(
+        self, names: Sequence[str], leaves: Mapping[str, Tensor], axis: int | None, floor: float
+    ) -> None:
+        self.names = list(names)
         self._floor = floor
-        self._axis = axis if axis is not None and weight.dim() > 1 else None
-        self._whole = Directions(weight.reshape(1, -1))
-        self._parts: Directions | None = None
-        self._live: Tensor | None = None
-        self._rows_of = weight
-        self.rows = 0 if self._axis is None else weight.shape[self._axis]
+        weights = _stacked(names, leaves)
+        self._axis = axis if axis is not None and weights.dim() > 2 else None
+        self._wholes = Directions(weights.flatten(1))
+        self._rows: Directions | None = None
+        self._live = weights.new_zeros(0, dtype=torch.bool)
+        rows = 0
+        if self._axis is not None:
+            self._rows = Directions(self._in_rows(weights))
+            rows = weights.shape[1 + self._axis]
+        self.tests = len(self.names) * (1 + rows)
 
-    def add(self, gradient: Tensor) -> bool:
-        """Add the gradient of one projection; tell whether it was independent of the earlier ones."""
-        gradient = _real(gradient)
-        grown = bool(self._whole.add(gradient.reshape(1, -1)).any())
-        if self._axis is None:
+    def add(self, gradients: Mapping[str, Tensor]) -> bool:
+        """Add the gradients of one projection; tell whether any was independent of the earlier ones."""
+        stacked = _stacked(self.names, gradients)
+        grown = bool(self._wholes.add(stacked.flatten(1)).any())
+        if self._rows is None:
             return grown
-        rows = gradient.movedim(self._axis, 0).flatten(1)
-        if self._parts is None:
-            weight = self._rows_of.movedim(self._axis, 0).flatten(1)
-            self._parts = Directions(weight)
-            self._live = weight.norm(dim=1) * rows.norm(dim=1) > self._floor
-        return bool(self._parts.add(rows).any()) or grown
+        first = not self._live.numel()
+        rows = self._in_rows(stacked)
+        if first:
+            self._live = self._rows.sizes * rows.norm(dim=1) > self._floor
+        return bool(self._rows.add(rows).any()) or grown
 
-    def in_doubt(self, limit: float, tests: int) -> bool:
-        """Tell whether the whole or a row looks invariant, and chance is not excluded."""
-        return any(
-            bool(directions.in_doubt(limit, tests, live).any())
-            for directions, live in ((self._whole, None), (self._parts, self._live))
-            if directions is not None
-        )
+    def in_doubt(self, question: Question) -> bool:
+        """Tell whether a parameter or a row looks invariant, and chance is not excluded."""
+        if bool(self._wholes.in_doubt(question).any()):
+            return True
+        return self._rows is not None and bool((self._rows.in_doubt(question) & self._live).any())
 
-    def verdict(self, limit: float, tests: int, rounding: float) -> Scale:
-        """Return the verdict on the evidence so far.
+    def verdicts(self, question: Question, rounding: Mapping[str, float]) -> dict[str, Scale]:
+        """Return the verdicts on the evidence so far.
 
         Args:
-            limit: see `threshold`.
-            tests: number of weights and rows of the model that are asked at once.
-            rounding: relative rounding error of the gradient.
+            question: the same for the whole model.
+            rounding: name → relative rounding error of the gradient, where it was measured.
         """
-        sensitivity, slope = float(self._whole.largest), float(self._whole.slopes)
-        hidden = limit < sensitivity <= _ROUNDING * rounding
-        if limit >= 1 or hidden:
-            return Scale(sensitivity, None, None, TOO_COARSE, slope)
-        rows = self._row_counts(limit, tests)
-        if bool(self._whole.in_doubt(limit, tests, None).any()):
-            return Scale(sensitivity, None, rows, TOO_FEW, slope)
-        return Scale(sensitivity, sensitivity <= limit, rows, "", slope)
+        sensitivities = self._wholes.largest.tolist()
+        slopes = self._wholes.slopes.tolist()
+        doubtful = self._wholes.in_doubt(question).tolist()
+        rows = self._row_counts(question)
+        found = {}
+        for i, name in enumerate(self.names):
+            s = sensitivities[i]
+            hidden = question.limit < s <= _ROUNDING * rounding.get(name, 0.0)
+            if question.limit >= 1 or hidden:
+                found[name] = Scale(s, None, None, TOO_COARSE, slopes[i])
+            elif doubtful[i]:
+                found[name] = Scale(s, None, rows[i], TOO_FEW, slopes[i])
+            else:
+                found[name] = Scale(s, s <= question.limit, rows[i], "", slopes[i])
+        return found
 
-    def _row_counts(self, limit: float, tests: int) -> tuple[int, int] | None:
-        if self._parts is None or self._live is None:
-            return None
-        decided = self._live & ~self._parts.in_doubt(limit, tests, self._live)
-        invariant = decided & (self._parts.largest <= limit)
-        return int(invariant.sum()), int(decided.sum())
+    def _row_counts(self, question: Question) -> Sequence[tuple[int, int] | None]:
+        """Return for each parameter (number of invariant rows, number of rows with a verdict)."""
+        count = len(self.names)
+        if self._rows is None:
+            return [None] * count
+        decided = self._live & ~self._rows.in_doubt(question)
+        invariant = decided & (self._rows.largest <= question.limit)
+        sums = (rows.reshape(count, -1).sum(1).tolist() for rows in (invariant, decided))
+        return list(zip(*sums, strict=True))
+
+    def _in_rows(self, stacked: Tensor) -> Tensor:
+        assert self._axis is not None
+        return stacked.movedim(1 + self._axis, 1).flatten(2).flatten(0, 1)
 
 
 class Directions:
@@ -246,6 +289,7 @@ class Directions:
 
     Attributes:
         largest: the largest sensitivity of each vector.
+        sizes: the norm of each vector.
         slopes: ⟨w, g⟩ of each vector in the first projection.
 
     Args:
@@ -254,7 +298,7 @@ class Directions:
 
     def __init__(self, weights: Tensor) -> None:
         self._weights = weights
-        self._sizes = weights.norm(dim=1)
+        self.sizes = weights.norm(dim=1)
         self._spanned: list[Tensor] = []
         self.largest = weights.new_zeros(len(weights))
         self.slopes = self.largest
@@ -271,23 +315,28 @@ class Directions:
         if not self._spanned:
             self.slopes = dots
         n = self._weights.shape[1]
-        s = math.sqrt(n) * dots.abs() / (self._sizes * after)
+        s = math.sqrt(n) * dots.abs() / (self.sizes * after)
         self.largest = torch.where(fresh, torch.maximum(self.largest, s), self.largest)
         self._count = self._count + fresh
         self._spanned.append(torch.where(fresh[:, None], gradients / after[:, None], 0))
         return fresh
 
-    def in_doubt(self, limit: float, tests: int, live: Tensor | None) -> Tensor:
+    def in_doubt(self, question: Question) -> Tensor:
         """Tell for each vector whether it looks invariant, and the chance of that is not negligible.
 
         The chance that k independent projections of a weight whose scale matters are all below the
-        largest s that was seen is (0.8·s)ᵏ; summed over all tests of the model.
+        largest s that was seen is (3.2·s)ᵏ; summed over all tests of the model.
         """
         chance = (_BY_CHANCE * self.largest.double()) ** self._count
-        doubtful = (self.largest <= limit) & (tests * chance >= _NEGLIGIBLE)
-        return doubtful if live is None else doubtful & live
+        return (self.largest <= question.limit) & (question.tests * chance >= _NEGLIGIBLE)
 
 
-def _real(tensor: Tensor) -> Tensor:
-    """Return a complex tensor as pairs of real numbers, in which the identity holds as it is."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+def _stacked(names: Sequence[str], tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return tensors of one shape as one; complex ones as pairs of real numbers, in which Euler's
+    identity holds as it is.
+    """
+    chosen = [tensors[name].detach() for name in names]
+    stacked = chosen[0][None] if len(chosen) == 1 else torch.stack(chosen)
+    if stacked.is_complex():
+        return torch.view_as_real(stacked.resolve_conj())
+    return stacked if stacked.dim() > 1 else stacked[:, None]

@@ -161,6 +161,7 @@ class Operation:
         picks: picks parts by indices.
         reduces: computes a statistic.
         fourier: a Fourier transform.
+        creates: takes the shape of an argument alone, not its values.
         mixes: combines elements of one tensor in a way of its own: softmax, normalization.
     """
 
@@ -175,6 +176,7 @@ class Operation:
     picks: bool
     reduces: bool
     fourier: bool
+    creates: bool
     mixes: bool
 
     @property
@@ -203,6 +205,7 @@ def operation_of(func: Any) -> Operation:
         picks=name in _PICKING,
         reduces=name in _REDUCING,
         fourier=name.startswith("_fft_"),
+        creates=name.endswith("_like") or name.startswith("new_"),
         mixes="softmax" in name or "norm" in name,
     )
 

@@ -25,7 +25,7 @@ from .norm_eps import shrink
 from .operations import DECAYED_USES, Use
 from .projections import SEED, Projections
 from .report import Audit
-from .sandbox import isolated
+from .sandbox import collector_paused, isolated
 from .trace import Trace
 
 
@@ -62,10 +62,14 @@ def audit(model: nn.Module, /, *args: Any, **kwargs: Any) -> Audit:
     2.weight  slope        False
     """
     _check(model)
+    with collector_paused():
+        return _audit(model, args, kwargs)
+
+
+def _audit(model: nn.Module, args: Any, kwargs: Any) -> Audit:
     static = {name: (parameter, verdict) for name, parameter, verdict in classified(model)}
-    run = _run(
-        _inner(model), {name: parameter for name, (parameter, _) in static.items()}, args, kwargs
-    )
+    parameters = {name: parameter for name, (parameter, _) in static.items()}
+    run = _run(_inner(model), parameters, args, kwargs)
     nothing = Scale(doubt=NOT_MEASURED if run.threshold is None else NO_GRADIENT)
     findings = {
         name: finding(name, parameter, verdict, run.uses[name], run.scales.get(name, nothing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 import warnings
@@ -53,6 +54,18 @@ def isolated(model: nn.Module, copies: Copies) -> Iterator[None]:
             WdhookWarning,
             stacklevel=2,
         )
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause the collector of cycles: copies and marks are many, and each is needed to the end."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _uncompiled() -> AbstractContextManager[object]:

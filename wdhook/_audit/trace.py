@@ -147,7 +147,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         """Mark the results of an operation."""
         data = any(operand.is_data for operand in operands)
-        upstream, stopped = _dependence(operands)
+        upstream, stopped = (0, 0) if op.creates else _dependence(operands)
         gained = _gained(operands, result) if data and op.name == "mul" else {}
         for tensor in _tensors(result):
             mark = self._marks.own(tensor)
