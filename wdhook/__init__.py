@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import schedules
@@ -36,6 +37,7 @@ from ._plan.plan import Plan, PlanDiff
 from ._roles.classifier import Role
 
 if TYPE_CHECKING:
+    from . import plot
     from ._audit.finding import Finding
     from ._audit.report import Audit
     from ._audit.run import audit
@@ -72,12 +74,15 @@ __all__ = [
     "l2_penalty",
     "param_groups",
     "plan",
+    "plot",
     "schedules",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """What few need is imported when it is asked for: it would be a third of the time of the import."""
+    """Import what few need when it is asked for: it would be a third of the time of the import."""
+    if name == "plot":
+        return import_module(".plot", __name__)
     if name in ("audit", "Audit", "Finding"):
         from ._audit.finding import Finding
         from ._audit.report import Audit

@@ -105,7 +105,7 @@ def scales(
         if effect > floor and rounding.get(name, 0.0) < _REPRODUCED:
             moving[name] = gradients[name]
         else:
-            found[name] = Scale(doubt=NO_EFFECT)
+            found[name] = Scale(doubt=NO_EFFECT if effect else NO_GRADIENT)
     evidence = [
         Evidence(names, leaves, axes.get(names[0]), floor) for names in _alike(moving, axes)
     ]
