@@ -36,6 +36,7 @@ class Carried:
         bent: a function of it is on the way, such as exp.
         fourier: its Fourier transform is on the way.
         weak: a statistic of it is on the way, such as its mean.
+        low_rank: a product of lower rank than its sides is on the way, such as ``U @ V.T``.
         waits: the use that counts unless the tensor turns out to be the weight of a product. A tensor that
             is larger than the data that it was mixed with, a product of two parameters, and rows that the data
             pick can be a weight (of StyleGAN, of LoRA, of experts) as well as data (positions, queries,
@@ -46,6 +47,7 @@ class Carried:
     bent: bool = False
     fourier: bool = False
     weak: bool = False
+    low_rank: bool = False
     waits: Seen | None = None
 
     def judged(self, seen: Seen) -> Seen:
@@ -69,9 +71,11 @@ class Carried:
             fourier=self.fourier or op.fourier,
         )
 
-    def waiting(self, seen: Seen) -> Carried:
+    def waiting(self, seen: Seen, low_rank: bool = False) -> Carried:
         """Return the record with a use that waits; an earlier one stays."""
-        return self if self.waits is not None else replace(self, waits=self.judged(seen))
+        if self.waits is not None:
+            return self
+        return replace(self, waits=self.judged(seen), low_rank=low_rank)
 
 
 @dataclass(frozen=True, slots=True)

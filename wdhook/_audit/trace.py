@@ -9,6 +9,7 @@ parameter on.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -203,7 +204,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             assert carried.waits is not None
             seen = carried.waits
             if _is_weight_of(op, operand, operands):
-                seen = self._contraction(op, operand, carried.name, ())
+                seen = replace(self._contraction(op, operand, carried.name, ()), firm=False)
             self._uses.note(carried, seen)
         return {}
 
@@ -213,7 +214,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Read an operand that depends on parameters alone."""
         stream = max((o.tensor.numel() for o in operands if o.is_data), default=-1)
         use = use_of(op.name, operand.argument, operand.tensor.dim() < 2)
-        if use is Use.CONTRACTION:
+        if use is Use.CONTRACTION or (use is Use.TOKEN and operand.argument == "input"):
             return self._read_product(op, operand, operands, args)
         if use is None and stream >= 0:
             return self._meet_data(op, operand, operands, stream)
@@ -228,27 +229,32 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, op: Operation, operand: Operand, operands: list[Operand], args: Any
     ) -> dict[str, Carried]:
         """Read the factor of a product: with data, or with another parameter."""
-        partner = _partner(op, operand, operands)
-        with_parameter = partner is not None and not partner.is_data and bool(partner.carries)
-        waiting: dict[str, Carried] = {}
+        factors = _factors(op, operands)
+        if factors is None or any(f.is_data or not f.carries for f in factors):
+            for name, carried in operand.carries.items():
+                seen = self._contraction(op, operand, name, args)
+                self._uses.note(carried, _in_place(carried, op, operand, seen))
+            return {}
+        left, right = factors
+        if operand is left and _is_layer(op, right):
+            return self._read_fed(op, left, right)
+        low_rank = _is_low_rank(op, left, right)
+        waiting = {}
         for name, carried in operand.carries.items():
             seen = self._contraction(op, operand, name, args)
-            if not with_parameter:
-                self._uses.note(carried, _in_place(carried, op, operand, seen))
-                continue
-            assert partner is not None
-            token = Seen(Use.TOKEN, seen.operation, firm=False)
-            left, right = (
-                (operand, partner) if operand.argument in LEFT else (partner, operand)
-            )
-            if operand is right or not _is_layer(right):
-                waiting[name] = carried.waiting(seen)
-            elif op.name in WITH_BIAS or left.tensor.shape[-2:-1] == (1,):
-                # A bias is added, or one row goes through a layer: no weight is made like this.
-                self._uses.note(carried, Seen(Use.TOKEN, seen.operation))
-            else:
-                waiting[name] = carried.waiting(token)
+            waiting[name] = carried.waiting(seen, low_rank)
         return waiting
+
+    def _read_fed(self, op: Operation, left: Operand, right: Operand) -> dict[str, Carried]:
+        """Read a parameter that is fed to a layer of parameters: a token, or a factor of a weight."""
+        token = Seen(Use.TOKEN, f"{op.name}[{left.argument}]")
+        rows = left.tensor.shape[-2:-1]
+        if op.name in WITH_BIAS or rows == (1,):
+            # A bias is added, or one row goes through the layer: no weight is made like this.
+            self._consume(left, token)
+            return {}
+        low_rank = _is_low_rank(op, left, right)
+        return {name: c.waiting(token, low_rank) for name, c in left.carries.items()}
 
     def _meet_data(
         self, op: Operation, operand: Operand, operands: list[Operand], stream: int
@@ -269,11 +275,12 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         seen = Seen(pointwise_use(op.name, operand.argument), operation)
         if seen.use is Use.MULTIPLICATION and _is_spectrum(operands):
             seen = Seen(Use.CONTRACTION, operation, firm=False)
-        if operand.tensor.numel() <= stream:
+        table = sum(size > 1 for size in operand.tensor.shape) > 1
+        if operand.tensor.numel() < stream + (not table):
             self._consume(operand, seen)
             return {}
-        # Larger than the data: a weight that they modulate, or a table that they are added to.
-        later = Seen(seen.use, operation, firm=False)
+        # Not broadcast: a weight that the data modulate, or a table that they are added to.
+        later = replace(seen, firm=seen.firm and operand.tensor.numel() == stream)
         return {name: c.waiting(later) for name, c in operand.carries.items()}
 
     def _contraction(self, op: Operation, operand: Operand, name: str, args: Any) -> Seen:
@@ -359,38 +366,46 @@ def _is_broadcast(operand: Operand, operands: list[Operand]) -> bool:
     return torch.broadcast_shapes(*shapes).numel() == largest
 
 
-def _partner(op: Operation, operand: Operand, operands: list[Operand]) -> Operand | None:
-    """Return the other factor of a product; None for layers such as a convolution."""
+def _factors(op: Operation, operands: list[Operand]) -> tuple[Operand, Operand] | None:
+    """Return the two factors of a product, or the input and the weight of a convolution."""
+    if op.is_product:
+        found = [o for o in operands if not (o.argument == "self" and op.name in WITH_BIAS)]
+    else:
+        found = [o for o in operands if o.argument in ("input", "weight")]
+    return (found[0], found[1]) if len(found) == 2 else None
+
+
+def _is_layer(op: Operation, right: Operand) -> bool:
+    """Tell the right factor of ``F.linear(token, weight)``, transposed, from that of ``B @ A``."""
     if not op.is_product:
-        return None
-    for other in operands:
-        is_bias = other.argument == "self" and op.name in WITH_BIAS
-        if other is not operand and not is_bias:
-            return other
-    return None
-
-
-def _is_layer(right: Operand) -> bool:
-    """Tell the transposed right factor of ``F.linear(token, weight)`` from that of LoRA's ``B @ A``."""
+        return True
     tensor = right.tensor
     return tensor.dim() > 1 and tensor.stride(-1) != 1 and tensor.stride(-2) == 1
+
+
+def _is_low_rank(op: Operation, left: Operand, right: Operand) -> bool:
+    if not op.is_product or left.tensor.dim() < 2 or right.tensor.dim() < 2:
+        return False
+    return left.tensor.shape[-1] < min(left.tensor.shape[-2], right.tensor.shape[-1])
 
 
 def _is_weight_of(op: Operation, operand: Operand, operands: list[Operand]) -> bool:
     """Tell whether a tensor is the weight of a product with data, not the data of it."""
     if use_of(op.name, operand.argument, operand.tensor.dim() < 2) is not Use.CONTRACTION:
         return False
-    partner = _partner(op, operand, operands)
-    return partner is None or (partner.is_data and not partner.carries)
+    others = [o for o in _factors(op, operands) or () if o is not operand]
+    return all(other.is_data and not other.carries for other in others)
 
 
 def _in_place(carried: Carried, op: Operation, operand: Operand, seen: Seen) -> Seen:
     """Return the use of a factor whose partner is data, or a constant."""
-    if carried.waits is None:
+    waits = carried.waits
+    if waits is None:
         return seen
-    if op.is_product and operand.argument in LEFT and carried.waits.use is Use.TOKEN:
-        return carried.waits  # queries that meet keys
-    return Seen(seen.use, seen.operation, seen.axis, firm=carried.waits.firm)
+    may_be_data = op.is_product and operand.argument in LEFT and not carried.low_rank
+    if may_be_data and waits.use is Use.TOKEN:
+        return replace(waits, firm=False)  # queries that meet keys, or a weight of full rank
+    return replace(seen, firm=waits.firm and waits.use is Use.CONTRACTION)
 
 
 def _handed_on(op: Operation, operand: Operand, operands: list[Operand]) -> dict[str, Carried]:
