@@ -13,8 +13,8 @@ from .operations import Use
 
 # Nodes that hand a parameter on as it is: views, casts, copies.
 _TRANSPARENT = frozenset(
-    "View UnsafeView Reshape T Transpose Permute Squeeze Unsqueeze Expand AsStrided Slice Select "
-    "Split Unbind Alias Clone ToCopy".split()
+    ("View", "UnsafeView", "Reshape", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze")
+    + ("Expand", "AsStrided", "Slice", "Select", "Split", "Unbind", "Alias", "Clone", "ToCopy")
 )
 
 

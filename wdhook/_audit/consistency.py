@@ -8,17 +8,20 @@ parameter is doubled by itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from .invariance import Scale
+from .invariance import NO_EFFECT, TOO_COARSE, Scale
 from .projections import SEED, Projections
 
 DISAGREE = "undecided: outputs and gradients disagree"
 _MOST = 16  # parameters that are doubled one by one, at a forward pass each
+_MOST_FAINT = 8  # the same, for faint gradients
+_FORESEEN = 0.05  # part of the change that a gradient foresees
 _TOLERANCE = 10.0
 
 Forward = Callable[[Mapping[str, float]], Sequence[Tensor]]
@@ -51,21 +54,49 @@ def checked(
         forward: runs the model again.
         epsilon: machine epsilon of the arithmetic.
     """
+    found = _without_rounding(scales, projections, outputs, forward)
     if not suspects:
-        return Checked(scales)
+        return Checked(found)
     tolerance = _TOLERANCE * epsilon ** (1 / 3)
     size = float(len(outputs)) ** 0.5  # each output was divided by its own size
     if _consistent(suspects, scales, projections, forward, epsilon ** (1 / 3), tolerance, size):
-        return Checked(scales)
-    found = dict(scales)
-    doubled = [name for name in suspects if scales[name].invariant is not None]
+        return Checked(found)
+    doubled = [name for name in suspects if found[name].invariant is not None]
     for name in doubled[:_MOST]:
         matters = _change(outputs, forward({name: 2.0})) > tolerance
-        if matters is scales[name].invariant:
-            found[name] = replace(scales[name], invariant=None, rows=None, doubt=DISAGREE)
+        if matters is found[name].invariant:
+            found[name] = _undecided(found[name], DISAGREE)
     for name in doubled[_MOST:]:
-        found[name] = replace(scales[name], invariant=None, rows=None, doubt=DISAGREE)
+        found[name] = _undecided(found[name], DISAGREE)
     return Checked(found, tuple(suspects))
+
+
+def _without_rounding(
+    scales: Mapping[str, Scale],
+    projections: Projections,
+    outputs: Sequence[Tensor],
+    forward: Forward,
+) -> dict[str, Scale]:
+    """Take back the verdict on a parameter whose faint gradient is made by rounding alone.
+
+    A normalization that leaves only signs (of two samples, of two channels) has no gradient; the rounding of
+    its outputs looks like one. Doubling the parameter is exact in binary arithmetic: the outputs then
+    stay what they are, where a true gradient of this size moves them.
+    """
+    found = dict(scales)
+    faint = [name for name, scale in scales.items() if scale.faint and scale.invariant is False]
+    before = projections.along(outputs) if faint else 0.0
+    for name in faint[:_MOST_FAINT]:
+        moved = abs(projections.along(forward({name: 2.0})) - before)
+        if moved < _FORESEEN * abs(scales[name].slope):
+            found[name] = Scale(doubt=NO_EFFECT)
+    for name in faint[_MOST_FAINT:]:
+        found[name] = _undecided(scales[name], TOO_COARSE)
+    return found
+
+
+def _undecided(scale: Scale, doubt: str) -> Scale:
+    return replace(scale, invariant=None, rows=None, doubt=doubt)
 
 
 def _consistent(
@@ -77,7 +108,7 @@ def _consistent(
     tolerance: float,
     size: float,
 ) -> bool:
-    """Tell whether a central difference along random changes of all scales is what the gradients say."""
+    """Tell whether gradients foresee a central difference along random changes of all scales."""
     generator = torch.Generator().manual_seed(SEED + 2)
     draws = torch.randn(len(names), generator=generator).tolist()
     changes = dict(zip(names, draws, strict=True))
@@ -85,8 +116,8 @@ def _consistent(
     less = forward({name: 1 - step * change for name, change in changes.items()})
     difference = (projections.along(more) - projections.along(less)) / (2 * step)
     terms = [change * scales[name].slope for name, change in changes.items()]
-    scale = size + sum(abs(term) for term in terms)
-    return abs(difference - sum(terms)) <= tolerance * scale
+    scale = size + math.fsum(map(abs, terms))
+    return abs(difference - math.fsum(terms)) <= tolerance * scale
 
 
 def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

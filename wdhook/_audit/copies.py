@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .nested import PLAIN_TYPES, fields_of, has_slots, slots_of
+from .nested import PLAIN_TYPES, fields_of, slots_of
 
 _COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
@@ -177,9 +177,8 @@ class Copies:
             for key, item in saved.items():
                 if type(item) not in PLAIN_TYPES:
                     fields[key] = self.of(item)
-        if has_slots(type(value)):
-            for name, item in list(slots_of(value)):
-                self._exchange_slot(value, name, item)
+        for name, item in list(slots_of(value)):
+            self._exchange_slot(value, name, item)
         self._exchange_class(type(value))
         return value
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ _NEGLIGIBLE = 1e-4  # probability that chance makes any weight or row of a model
 _MOST = 8  # projections
 _SMALL = 2**14  # elements of a tensor that is copied beside others to be measured with them
 _CANCELLED = 1e3  # rounding of a sum of 1e6 terms that cancels, in units of machine epsilon: √1e6
+_FAINT = 1e6  # the same where a division by a small deviation has magnified it
 _INDEPENDENT = 1e-3  # part of a gradient that the earlier projections do not span
 _ANOTHER_FACTOR = 1.1  # no power of two: all roundings change
 _REPRODUCED = 0.1  # relative change of a gradient above which rounding is all of it
@@ -52,6 +53,8 @@ class Scale:
         rows: (number of output channels that are invariant one by one, number with a verdict), or None.
         doubt: the reason why there is no verdict; empty where there is one.
         slope: ⟨w, g⟩ of the first projection.
+        faint: the gradient is so small next to the largest of the model that rounding in the forward pass
+            could have made it.
     """
 
     sensitivity: float | None = None
@@ -59,6 +62,7 @@ class Scale:
     rows: tuple[int, int] | None = None
     doubt: str = NO_GRADIENT
     slope: float = 0.0
+    faint: bool = False
 
 
 def threshold(epsilon: float, leak: float) -> float:
@@ -114,6 +118,9 @@ def scales(
     _collect(projections, evidence, moving, question)
     for one in evidence:
         found.update(one.verdicts(question, rounding))
+    for name in faint:
+        if effects[name] <= _FAINT * epsilon * largest:
+            found[name] = replace(found[name], faint=True)
     return found
 
 
@@ -310,7 +317,7 @@ class Directions:
         for known in self._spanned:
             gradients = gradients - (gradients * known).sum(1, keepdim=True) * known
         after = gradients.norm(dim=1)
-        fresh = after > _INDEPENDENT * before
+        fresh: Tensor = after > _INDEPENDENT * before
         dots = (self._weights * gradients).sum(1)
         if not self._spanned:
             self.slopes = dots
@@ -328,7 +335,8 @@ class Directions:
         largest s that was seen is (3.2·s)ᵏ; summed over all tests of the model.
         """
         chance = (_BY_CHANCE * self.largest.double()) ** self._count
-        return (self.largest <= question.limit) & (question.tests * chance >= _NEGLIGIBLE)
+        likely: Tensor = question.tests * chance >= _NEGLIGIBLE
+        return likely & (self.largest <= question.limit)
 
 
 def _stacked(names: Sequence[str], tensors: Mapping[str, Tensor]) -> Tensor:

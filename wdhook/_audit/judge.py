@@ -72,10 +72,9 @@ def _agrees(speaking: Sequence[Seen], static: Verdict, parameter: Tensor) -> boo
         return None
     if decays == {static.decayed}:
         return True
-    if speaking[0].use is Use.LOOKUP:
-        # No trace can tell positions that are looked up from words.
-        if _role(Use.LOOKUP, static.role, parameter) is Role.POSITION:
-            return True
+    use = speaking[0].use
+    if use is Use.LOOKUP and _role(use, static.role, parameter) is Role.POSITION:
+        return True  # no trace can tell positions that are looked up from words
     # A plan is only overturned by operations that have one meaning.
     return False if any(one.firm for one in speaking) else None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,12 +14,6 @@ PLAIN_TYPES = frozenset(PLAIN)
 
 _SEQUENCES = (list, tuple, set, frozenset, deque)
 _ABSENT = object()
-
-
-@lru_cache(maxsize=4096)
-def has_slots(kind: type) -> bool:
-    """Tell whether a class or one of its bases has slots."""
-    return any(base.__dict__.get("__slots__") for base in kind.__mro__)
 
 
 def slots_of(value: object) -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -98,4 +99,4 @@ def _size(values: Tensor) -> float:
     sizes = sizes[sizes > 0]
     if not sizes.numel():
         return 1.0
-    return float(sizes.median()) * values.numel() ** 0.5
+    return float(sizes.median()) * math.sqrt(values.numel())

@@ -223,9 +223,7 @@ def _measure(
     return _Measured(projections, measured, limit, epsilon)
 
 
-def _compare(
-    call: _Call, traced: _Traced, measured: _Measured, nodes: Sequence[Any]
-) -> Checked:
+def _compare(call: _Call, traced: _Traced, measured: _Measured, nodes: Sequence[Any]) -> Checked:
     """Compare gradients with the function, where something may set them apart."""
     outputs = _differentiable(traced.outputs)
     suspects = traced.trace.stopped(outputs) | behind_custom(nodes, traced.leaves)
@@ -247,9 +245,7 @@ def _differentiable(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _types(leaves: Mapping[str, Tensor]) -> set[torch.dtype]:
-    return {
-        leaf.dtype for leaf in leaves.values() if leaf.is_floating_point() or leaf.is_complex()
-    }
+    return {leaf.dtype for leaf in leaves.values() if leaf.is_floating_point() or leaf.is_complex()}
 
 
 def _on_meta(leaves: Mapping[str, Tensor]) -> bool:

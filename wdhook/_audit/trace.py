@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .carried import Carried, Gained, Mark, Marks, Operand, Seen
+from .factors import factors_of, in_place, is_broadcast, is_layer, is_low_rank, is_weight_of
 from .nested import tensors_in
 from .norm_eps import EpsWatch
 from .operations import (
-    LEFT,
     WITH_BIAS,
     Operation,
     Use,
@@ -29,6 +29,7 @@ from .operations import (
     pointwise_use,
     use_of,
 )
+from .uses import Uses
 
 _LOW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -105,7 +106,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         op = operation_of(func)
         if self._keep_double and op.name == "_to_copy":
             kwargs = _kept_double(args[0], kwargs)
-        operands = list(self._operands(op, args, kwargs))
+        operands = self._operands(op, args, kwargs)
         if not operands:
             return func(*args, **kwargs)
         carried: dict[str, Carried] = {}
@@ -117,18 +118,19 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._sum(operands[0], args, result)
         return result
 
-    def _operands(self, op: Operation, args: Any, kwargs: Any) -> Iterator[Operand]:
-        """Yield the tensor arguments that depend on inputs or parameters, and constants among them."""
+    def _operands(self, op: Operation, args: Any, kwargs: Any) -> list[Operand]:
+        """Return the tensor arguments, if any of them depends on inputs or parameters."""
         named = [*zip(op.arguments, args, strict=False), *kwargs.items()]
         found = []
         for argument, value in named:
             if isinstance(value, Tensor):
                 found.append(Operand(argument, value, self._marks.find(value)))
             elif isinstance(value, (list, tuple)):
-                tensors = (item for item in value if isinstance(item, Tensor))
-                found += [Operand(argument, item, self._marks.find(item)) for item in tensors]
-        # Arithmetic on constants alone concerns nobody.
-        return iter(found if any(operand.mark is not None for operand in found) else ())
+                for tensor in _tensors(value):
+                    found.append(Operand(argument, tensor, self._marks.find(tensor)))
+        # Arithmetic on constants alone is left out.
+        concerned = any(operand.mark is not None for operand in found)
+        return found if concerned else []
 
     def _higher(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator that takes functions, whose inside is not traced."""
@@ -154,16 +156,25 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             mark = self._marks.own(tensor)
             if mark is None:
                 continue
-            if op.writes and data and not carried and not mark.parameter:
-                mark.carried.clear()  # x[:, 0] = token: the target of the writing is data
-            mark.data |= data and not mark.parameter
-            mark.fourier = op.fourier and data
+            if data:
+                self._write_data(op, mark, tensor, carried)
             mark.carried.update(carried)
             mark.gained = gained
             mark.upstream |= upstream
             mark.stopped |= stopped
-            if data and tensor.is_floating_point():
-                self.coarsest = max(self.coarsest, torch.finfo(tensor.dtype).eps)
+
+    def _write_data(
+        self, op: Operation, mark: Mark, tensor: Tensor, carried: dict[str, Carried]
+    ) -> None:
+        """Mark a result that depends on the inputs."""
+        mark.fourier = op.fourier
+        if tensor.is_floating_point():
+            self.coarsest = max(self.coarsest, torch.finfo(tensor.dtype).eps)
+        if mark.parameter:
+            return
+        mark.data = True
+        if op.writes and not carried:
+            mark.carried.clear()  # x[:, 0] = token: the target of the writing is data
 
     def _sum(self, operand: Operand, args: Any, result: Tensor) -> None:
         """Make a contraction of a product with data that is summed over the axes of its parameter."""
@@ -203,7 +214,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for carried in held.values():
             assert carried.waits is not None
             seen = carried.waits
-            if _is_weight_of(op, operand, operands):
+            if is_weight_of(op, operand, operands):
                 seen = replace(self._contraction(op, operand, carried.name, ()), firm=False)
             self._uses.note(carried, seen)
         return {}
@@ -218,7 +229,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._read_product(op, operand, operands, args)
         if use is None and stream >= 0:
             return self._meet_data(op, operand, operands, stream)
-        if use is None and op.pointwise and _is_broadcast(operand, operands):
+        if use is None and op.pointwise and is_broadcast(operand, operands):
             use = pointwise_use(op.name, operand.argument)
         if use is not None:
             self._consume(operand, Seen(use, f"{op.name}[{operand.argument}]"))
@@ -229,16 +240,16 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, op: Operation, operand: Operand, operands: list[Operand], args: Any
     ) -> dict[str, Carried]:
         """Read the factor of a product: with data, or with another parameter."""
-        factors = _factors(op, operands)
+        factors = factors_of(op, operands)
         if factors is None or any(f.is_data or not f.carries for f in factors):
             for name, carried in operand.carries.items():
                 seen = self._contraction(op, operand, name, args)
-                self._uses.note(carried, _in_place(carried, op, operand, seen))
+                self._uses.note(carried, in_place(carried, op, operand, seen))
             return {}
         left, right = factors
-        if operand is left and _is_layer(op, right):
+        if operand is left and is_layer(op, right):
             return self._read_fed(op, left, right)
-        low_rank = _is_low_rank(op, left, right)
+        low_rank = is_low_rank(op, left, right)
         waiting = {}
         for name, carried in operand.carries.items():
             seen = self._contraction(op, operand, name, args)
@@ -253,7 +264,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # A bias is added, or one row goes through the layer: no weight is made like this.
             self._consume(left, token)
             return {}
-        low_rank = _is_low_rank(op, left, right)
+        low_rank = is_low_rank(op, left, right)
         return {name: c.waiting(token, low_rank) for name, c in left.carries.items()}
 
     def _meet_data(
@@ -297,48 +308,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 # Assigned behind the class: `TorchDispatchMode.__init_subclass__` wraps a method of this name in a
 # function that imports torch._dynamo at the first operation, which takes seconds.
-Trace.__torch_dispatch__ = Trace.dispatch  # type: ignore[method-assign]
-
-
-class Uses:
-    """The uses that were seen, by parameter."""
-
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self._parameters = dict(parameters)
-        self._strong: dict[str, list[Seen]] = {}
-        self._weak: dict[str, list[Seen]] = {}
-
-    def of(self, name: str) -> list[Seen]:
-        """Return the uses of a parameter; those of its statistics alone if there are no others."""
-        return self._strong.get(name) or self._weak.get(name) or []
-
-    def note(self, carried: Carried, seen: Seen) -> None:
-        """Add a use, unless one of the kind is known."""
-        seen = carried.judged(seen)
-        known = (self._weak if carried.weak else self._strong).setdefault(carried.name, [])
-        if all(other.use is not seen.use for other in known):
-            known.append(seen)
-
-    def became_contraction(self, name: str) -> None:
-        """Replace the multiplication of a parameter: its product with data was summed over."""
-        known = self._strong.get(name, [])
-        for i, seen in enumerate(known):
-            if seen.use is Use.MULTIPLICATION:
-                known[i] = Seen(Use.CONTRACTION, f"{seen.operation}, sum", firm=False)
-
-    def axis(self, name: str, tensor: Tensor, axis: int) -> int:
-        """Return the axis of a parameter behind an axis of a view of it; casts keep strides too."""
-        parameter = self._parameters[name]
-        if tensor.dim() == 0 or parameter.dim() == 0:
-            return 0
-        step, size = tensor.stride(axis), tensor.size(axis)
-        for i in range(parameter.dim()):
-            if parameter.stride(i) == step and parameter.size(i) >= size > 1:
-                return i
-        return 0
-
-
-# --------------------------------------------------------------------------------- pure helpers
+setattr(Trace, "__torch_dispatch__", Trace.dispatch)  # noqa: B010
 
 
 def _kept_double(tensor: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -352,60 +322,6 @@ def _tensors(result: Any) -> Iterator[Tensor]:
         yield result
     elif isinstance(result, (list, tuple)):
         yield from (item for item in result if isinstance(item, Tensor))
-
-
-def _is_broadcast(operand: Operand, operands: list[Operand]) -> bool:
-    """Tell a factor that is repeated over a constant or a parameter, as a gain is over its weight.
-
-    In an outer product (`torch.kron`) both factors are repeated, and neither is the gain of the other.
-    """
-    largest = max(o.tensor.numel() for o in operands)
-    if operand.tensor.numel() == largest:
-        return False
-    shapes = [o.tensor.shape for o in operands]
-    return torch.broadcast_shapes(*shapes).numel() == largest
-
-
-def _factors(op: Operation, operands: list[Operand]) -> tuple[Operand, Operand] | None:
-    """Return the two factors of a product, or the input and the weight of a convolution."""
-    if op.is_product:
-        found = [o for o in operands if not (o.argument == "self" and op.name in WITH_BIAS)]
-    else:
-        found = [o for o in operands if o.argument in ("input", "weight")]
-    return (found[0], found[1]) if len(found) == 2 else None
-
-
-def _is_layer(op: Operation, right: Operand) -> bool:
-    """Tell the right factor of ``F.linear(token, weight)``, transposed, from that of ``B @ A``."""
-    if not op.is_product:
-        return True
-    tensor = right.tensor
-    return tensor.dim() > 1 and tensor.stride(-1) != 1 and tensor.stride(-2) == 1
-
-
-def _is_low_rank(op: Operation, left: Operand, right: Operand) -> bool:
-    if not op.is_product or left.tensor.dim() < 2 or right.tensor.dim() < 2:
-        return False
-    return left.tensor.shape[-1] < min(left.tensor.shape[-2], right.tensor.shape[-1])
-
-
-def _is_weight_of(op: Operation, operand: Operand, operands: list[Operand]) -> bool:
-    """Tell whether a tensor is the weight of a product with data, not the data of it."""
-    if use_of(op.name, operand.argument, operand.tensor.dim() < 2) is not Use.CONTRACTION:
-        return False
-    others = [o for o in _factors(op, operands) or () if o is not operand]
-    return all(other.is_data and not other.carries for other in others)
-
-
-def _in_place(carried: Carried, op: Operation, operand: Operand, seen: Seen) -> Seen:
-    """Return the use of a factor whose partner is data, or a constant."""
-    waits = carried.waits
-    if waits is None:
-        return seen
-    may_be_data = op.is_product and operand.argument in LEFT and not carried.low_rank
-    if may_be_data and waits.use is Use.TOKEN:
-        return replace(waits, firm=False)  # queries that meet keys, or a weight of full rank
-    return replace(seen, firm=waits.firm and waits.use is Use.CONTRACTION)
 
 
 def _handed_on(op: Operation, operand: Operand, operands: list[Operand]) -> dict[str, Carried]:
