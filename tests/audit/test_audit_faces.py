@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,7 +102,41 @@ def test_one_mode_at_most(file: str, capsys: pytest.CaptureFixture[str]) -> None
     assert "not allowed with" in capsys.readouterr().err
 
 
+def test_the_schema_names_every_key(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The keys of the JSON are those that docs/audit.md lists, of the audit and of each parameter."""
+    cli.main(["audit", f"{file}:right", "--input", "randn(4, 8)", "--json"])
+    data = json.loads(capsys.readouterr().out)
+    page = (Path(__file__).parents[2] / "docs" / "audit.md").read_text()
+    section = page[page.index("## The command") :]
+    listed = set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
+    assert listed == {*data, *data["parameters"][0]}
+
+
+def test_the_exit_status_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    """The help lists every status, as docs/audit.md does."""
+    with pytest.raises(SystemExit):
+        cli.main(["audit", "--help"])
+    shown = capsys.readouterr().out
+    for said in ("0  no use contradicts", "1  at least one use", "2  the audit did not run"):
+        assert said in shown
+
+
 # ---------------------------------------------------------------------------------------------- the picture
+
+
+PLOT = """
+import sys, torch, wdhook
+assert "matplotlib" not in sys.modules and "wdhook.plot" not in sys.modules
+figure = wdhook.plot.audit(wdhook.audit(torch.nn.Linear(3, 2), torch.randn(4, 3)))
+print(type(figure).__name__, "plot" in dir(wdhook))
+"""
+
+
+def test_plots_need_no_import_of_their_own() -> None:
+    """`wdhook.plot.audit` works after `import wdhook`, which loads neither it nor matplotlib."""
+    pytest.importorskip("matplotlib")
+    run = subprocess.run([sys.executable, "-c", PLOT], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["Figure", "True"]
 
 
 def test_the_picture_shows_every_gradient() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .nested import PLAIN_TYPES, fields_of, slots_of
+from .nested import PLAIN_TYPES, slots_of
 
 _COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
@@ -268,7 +268,7 @@ def _is_foreign(kind: type) -> bool:
 
 def _has_fields(value: object) -> bool:
     """Tell whether the fields of an object may be exchanged: its class is Python and holds data."""
-    if isinstance(value, _NEVER) or not fields_of(value):
+    if isinstance(value, _NEVER):
         return False
     if isinstance(value, _DATA):
         return True
