@@ -1,4 +1,6 @@
-"""The audit against the plan: contradictions, selectors to paste, plans that follow it, its table and its JSON."""
+"""The audit against the plan: contradictions, selectors to paste, plans that follow it, its
+table and its JSON.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from wdhook._audit.table import audit_rows
 
 
 class Block(nn.Module):
-    """Names that mislead: a matrix that scales, a vector that contracts, a layer that is a table."""
+    """Names that mislead: a matrix that scales, a vector that contracts, a layer that is a
+    table.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +61,9 @@ def audited(model: nn.Module) -> wdhook.Audit:
 
 
 def test_contradictions_and_what_mends_them() -> None:
-    """A use that contradicts the static role is flagged, with a selector that makes the plan follow the use."""
+    """A use that contradicts the static role is flagged, with a selector that makes the plan
+    follow the use.
+    """
     model = Stack()
     found = audited(model)
     assert {f.name.rpartition(".")[2] for f in found.contradictions} == {"mixer", "readout"}
@@ -128,7 +134,9 @@ def test_marks_and_overrides_outrank_the_trace() -> None:
 
 
 def test_where_the_trace_is_silent_the_static_role_stays() -> None:
-    """Unused and opaque parameters, and those that are new since, are decided by type and name as before."""
+    """Unused and opaque parameters, and those that are new since, are decided by type and name
+    as before.
+    """
     model = Stack(1)
     found = audited(model)
     model.new = nn.Linear(2, 2)
@@ -151,7 +159,9 @@ def test_uses_that_contradict_one_another_are_not_flagged() -> None:
 
 
 def test_the_table() -> None:
-    """Contradictions come first and say what was planned; layers that are alike share a row; overrides are code."""
+    """Contradictions come first and say what was planned; layers that are alike share a row;
+    overrides are code.
+    """
     model = Stack()
     text = str(audited(model))
     lines = text.splitlines()
@@ -315,7 +325,9 @@ def test_an_audit_of_a_model_of_another_shape_is_refused() -> None:
 
 
 def test_why_there_is_no_verdict_is_told() -> None:
-    """The table tells an absent gradient from an absent effect, and neither is printed for the other."""
+    """The table tells an absent gradient from an absent effect, and neither is printed for the
+    other.
+    """
     model = nn.Sequential(
         nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2, bias=False), nn.LayerNorm(2), nn.Linear(2, 3)
     )
@@ -335,7 +347,9 @@ def test_why_there_is_no_verdict_is_told() -> None:
 
 
 def test_a_notebook_shows_a_table() -> None:
-    """The HTML holds the headlines, a row for each row of the text, and the overrides, all escaped."""
+    """The HTML holds the headlines, a row for each row of the text, and the overrides, all
+    escaped.
+    """
     model = Stack()
     found = audited(model)
     html = found._repr_html_()
@@ -359,7 +373,8 @@ def test_a_mistake_in_the_inputs_is_the_models_own_error() -> None:
 def test_a_thousand_parameters_print_fast() -> None:
     """The table is linear in the number of parameters: no comparison of each with each.
 
-    Counted, not timed: the number of Python calls for 1,000 parameters is at most 12 times that for 100.
+    Counted, not timed: the number of Python calls for 1,000 parameters is at most 12 times that
+    for 100.
     """
 
     def calls(depth: int) -> int:

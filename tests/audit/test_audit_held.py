@@ -1,4 +1,6 @@
-"""What modules hold beside tensors: objects, classes, iterators, generators, modules out of sight."""
+"""What modules hold beside tensors: objects, classes, iterators, generators, modules out of
+sight.
+"""
 
 from __future__ import annotations
 
@@ -157,7 +159,9 @@ def held() -> Iterator[tuple[Holder, dict[str, Any]]]:
 @pytest.mark.filterwarnings("ignore:Pickle, copy, and deepcopy support will be removed")
 @pytest.mark.parametrize("look", LOOKS)
 def test_nothing_is_changed(look: str, held: tuple[Holder, dict[str, Any]]) -> None:
-    """Each thing that the forward pass changes is the same object as before, with the same content."""
+    """Each thing that the forward pass changes is the same object as before, with the same
+    content.
+    """
     model, batch = held
     attributes = dict(vars(model))
     fresh = LOOKS[look](Holder(), {"x": torch.zeros(2), "array": np.zeros(2), "gone": 1})
@@ -202,7 +206,8 @@ def test_a_generator_that_has_not_run_is_not_named() -> None:
     assert next(model.numbers) == 0.0
 
 
-# ---------------------------------------------------------------------------------------------- inputs and outputs
+# ----------------------------------------------------------------------------------------------
+# inputs and outputs
 
 
 @dataclass
@@ -249,7 +254,9 @@ WRAPS: list[Callable[[Tensor], Any]] = [
     "wrap", WRAPS, ids=["dataclass", "slots", "frozen", "namespace", "UserDict"]
 )
 def test_tensors_in_inputs_and_outputs_are_found(wrap: Callable[[Tensor], Any]) -> None:
-    """Wrapped inputs are audited in float64, wrapped outputs have gradients, and the input is as it was."""
+    """Wrapped inputs are audited in float64, wrapped outputs have gradients, and the input is
+    as it was.
+    """
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -269,7 +276,8 @@ def test_tensors_in_inputs_and_outputs_are_found(wrap: Callable[[Tensor], Any]) 
     assert torch.equal(x, before)
 
 
-# ---------------------------------------------------------------------------------------------- a fresh process
+# ---------------------------------------------------------------------------------------------- a
+# fresh process
 
 
 SCRIPT = """
@@ -285,7 +293,9 @@ print("torch._dynamo" in sys.modules)
 
 @pytest.mark.parametrize("compiles", [False, True])
 def test_the_first_audit_does_not_import_the_compiler(compiles: bool) -> None:
-    """Importing torch._dynamo takes seconds. Twin: where a model was compiled it is there, and is seen."""
+    """Importing torch._dynamo takes seconds. Twin: where a model was compiled it is there, and
+    is seen.
+    """
     script = SCRIPT.format(compiles=compiles)
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.split() == [str(compiles)]

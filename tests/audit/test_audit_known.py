@@ -1,6 +1,7 @@
 """Models whose scale invariance is known by analysis: no verdict is wrong, for any seed.
 
-Each parameter is T (invariant), F (its scale matters) or N (the outputs do not depend on it: no verdict).
+Each parameter is T (invariant), F (its scale matters) or N (the outputs do not depend on it: no
+verdict).
 """
 
 from __future__ import annotations
@@ -238,7 +239,9 @@ def test_the_verdicts_in_float32_are_those_in_float64(case: str) -> None:
 
 
 def test_no_weight_and_no_row_is_invariant_by_chance() -> None:
-    """Blocks with an eps in their code and a scalar loss: no scale does not matter, in 400 weights."""
+    """Blocks with an eps in their code and a scalar loss: no scale does not matter, in 400
+    weights.
+    """
     invariant = rows = 0
     for seed in range(20):
         torch.manual_seed(seed)
@@ -256,7 +259,8 @@ def test_no_weight_and_no_row_is_invariant_by_chance() -> None:
     assert (invariant, rows) == (0, 0)
 
 
-# ---------------------------------------------------------------------------------------------- disagreement
+# ----------------------------------------------------------------------------------------------
+# disagreement
 
 
 class Sign(torch.autograd.Function):
@@ -282,7 +286,9 @@ DISAGREE: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("case", DISAGREE)
 def test_outputs_and_gradients_that_disagree_are_named(case: str) -> None:
-    """Euler's identity is about gradients: where they are not those of the outputs, no verdict is given."""
+    """Euler's identity is about gradients: where they are not those of the outputs, no verdict
+    is given.
+    """
     torch.manual_seed(0)
     found = wdhook.audit(Of(DISAGREE[case], w=r(8, 4)), r(5, 8))
     assert found["w"].invariant is None

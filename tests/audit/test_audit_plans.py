@@ -1,4 +1,6 @@
-"""Modules whose uses are known by construction: a plan that follows the audit is right, and never worse."""
+"""Modules whose uses are known by construction: a plan that follows the audit is right, and
+never worse.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,8 @@ ENCODER = {
     "norm2.bias": "norm",
 }
 
-# name → (module, inputs, parameter → its use); contractions and lookups are decayed, the others are not.
+# name → (module, inputs, parameter → its use); contractions and lookups are decayed, the others
+# are not.
 CASES: dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, str]]] = {
     "U @ V.T as a weight": (
         Of(lambda m, x: F.linear(x, m.U @ m.V.T), U=r(3, 2), V=r(4, 2)),

@@ -12,10 +12,9 @@ from .carried import Seen
 from .operations import Use
 
 # Nodes that hand a parameter on as it is: views, casts, copies.
-_TRANSPARENT = frozenset(
-    ("View", "UnsafeView", "Reshape", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze")
-    + ("Expand", "AsStrided", "Slice", "Select", "Split", "Unbind", "Alias", "Clone", "ToCopy")
-)
+_VIEWS = ("View", "UnsafeView", "Reshape", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze")
+_PARTS = ("Expand", "AsStrided", "Slice", "Select", "Split", "Unbind")
+_TRANSPARENT = frozenset((*_VIEWS, *_PARTS, "Alias", "Clone", "ToCopy"))
 
 
 def nodes_of(outputs: Iterable[Tensor]) -> list[Any]:

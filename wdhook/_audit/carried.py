@@ -18,7 +18,8 @@ class Seen:
         use: the kind of use.
         operation: the operation and the argument of it: ``addmm[mat2]``.
         axis: of the parameter that the output keeps, for contractions.
-        firm: False where the same operations could mean another use, so that a plan outranks this use.
+        firm: False where the same operations could mean another use, so that a plan outranks
+            this use.
     """
 
     use: Use
@@ -37,10 +38,10 @@ class Carried:
         fourier: its Fourier transform is on the way.
         weak: a statistic of it is on the way, such as its mean.
         low_rank: a product of lower rank than its sides is on the way, such as ``U @ V.T``.
-        waits: the use that counts unless the tensor turns out to be the weight of a product. A tensor that
-            is larger than the data that it was mixed with, a product of two parameters, and rows that the data
-            pick can be a weight (of StyleGAN, of LoRA, of experts) as well as data (positions, queries,
-            embeddings).
+        waits: the use that counts unless the tensor turns out to be the weight of a product. A
+            tensor that is larger than the data that it was mixed with, a product of two
+            parameters, and rows that the data pick can be a weight (of StyleGAN, of LoRA, of
+            experts) as well as data (positions, queries, embeddings).
     """
 
     name: str
@@ -80,7 +81,7 @@ class Carried:
 
 @dataclass(frozen=True, slots=True)
 class Gained:
-    """Data that a parameter has just multiplied: a sum over its own axes would make it a contraction."""
+    """Data that a parameter has just multiplied; a sum over its axes makes it a contraction."""
 
     shape: tuple[int, ...]
     axes: frozenset[int]

@@ -1,9 +1,9 @@
 """Compares gradients with the function itself, where a stop-gradient may set them apart.
 
-Euler's identity speaks of gradients. Behind ``detach``, ``torch.no_grad``, a straight-through estimator or a custom
-autograd function they can be those of another function. One pair of forward passes, in which every such
-parameter is scaled a little, compares all of them with their gradients at once. If the comparison fails, each
-parameter is doubled by itself.
+Euler's identity speaks of gradients. Behind ``detach``, ``torch.no_grad``, a straight-through
+estimator or a custom autograd function they can be those of another function. One pair of
+forward passes, in which every such parameter is scaled a little, compares all of them with their
+gradients at once. If the comparison fails, each parameter is doubled by itself.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def _without_rounding(
 ) -> dict[str, Scale]:
     """Take back the verdict on a parameter whose faint gradient is made by rounding alone.
 
-    A normalization that leaves only signs (of two samples, of two channels) has no gradient; the rounding of
-    its outputs looks like one. Doubling the parameter is exact in binary arithmetic: the outputs then
-    stay what they are, where a true gradient of this size moves them.
+    A normalization that leaves only signs (of two samples, of two channels) has no gradient; the
+    rounding of its outputs looks like one. Doubling the parameter is exact in binary arithmetic:
+    the outputs then stay what they are, where a true gradient of this size moves them.
     """
     found = dict(scales)
     faint = [name for name, scale in scales.items() if scale.faint and scale.invariant is False]

@@ -1,8 +1,8 @@
 """Copies of whatever a model holds, and a record of what was exchanged for them.
 
 A value is handled by one of three rules. Tensors, arrays, generators of random numbers and built-in
-containers are *copied*. Modules, dataclasses and other objects keep their identity: their fields are
-*exchanged* for copies and put back. Iterators that cannot be copied are *watched*.
+containers are *copied*. Modules, dataclasses and other objects keep their identity: their fields
+are *exchanged* for copies and put back. Iterators that cannot be copied are *watched*.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ _NEVER = (
     torch.Size,
     torch.Stream,
 )
-# Parts of torch whose objects have a life of their own: optimizers, loaders, process groups, compilers.
+# Parts of torch whose objects have a life of their own: optimizers, loaders, process groups,
+# compilers.
 _MACHINERY = ("torch.optim", "torch.utils", "torch.distributed", "torch.jit", "torch._")
 
 

@@ -16,7 +16,8 @@ from .operations import LEFT, WITH_BIAS, Operation, Use, use_of
 def is_broadcast(operand: Operand, operands: list[Operand]) -> bool:
     """Tell a factor that is repeated over a constant or a parameter, as a gain is over its weight.
 
-    In an outer product (`torch.kron`) both factors are repeated, and neither is the gain of the other.
+    In an outer product (`torch.kron`) both factors are repeated, and neither is the gain of the
+    other.
     """
     largest = max(o.tensor.numel() for o in operands)
     if operand.tensor.numel() == largest:

@@ -16,20 +16,22 @@ class Finding:
         name: full name in the model, as `named_parameters` gives it.
         shape: of the parameter.
         numel: number of elements.
-        use: the effect of the first operation that mixes the parameter with data: ``"contraction"``,
-            ``"lookup"``, ``"norm"``, ``"multiplication"``, ``"addition"``, ``"token"``, ``"slope"``,
-            ``"constant"``, ``"other"``, ``"opaque"`` or ``"unused"``.
-        operations: each different use with its operation and the argument of it: ``("addmm[mat2]",)``.
+        use: the effect of the first operation that mixes the parameter with data:
+            ``"contraction"``, ``"lookup"``, ``"norm"``, ``"multiplication"``, ``"addition"``,
+            ``"token"``, ``"slope"``, ``"constant"``, ``"other"``, ``"opaque"`` or ``"unused"``.
+        operations: each different use with its operation and the argument of it:
+            ``("addmm[mat2]",)``.
         role: as the use has it; the static one where the use decides nothing.
         static_role: from type, name and shape, as in `plan`.
         decayed: whether `plan` decays it.
         reason: why `plan` does or does not.
-        agrees: whether the use agrees with the plan. None (undecided) where the use says nothing, where several
-            uses contradict one another, where the same operations could mean the planned use too, and where
-            the parameter is marked, which outranks the use.
+        agrees: whether the use agrees with the plan. None (undecided) where the use says
+            nothing, where several uses contradict one another, where the same operations could
+            mean the planned use too, and where the parameter is marked, which outranks the use.
         trainable: whether it requires a gradient.
-        sensitivity: √n·abs⟨w, g⟩/(‖w‖·‖g‖), of the order of 1 where the scale of the parameter matters
-            and 0 where it does not; None where the outputs do not depend on the parameter.
+        sensitivity: √n·abs⟨w, g⟩/(‖w‖·‖g‖), of the order of 1 where the scale of the parameter
+            matters and 0 where it does not; None where the outputs do not depend on the
+            parameter.
         invariant: whether the outputs are the same for α·w, all α > 0; None without a verdict.
         rows: (number of output channels that are invariant one by one, number of those with a
             verdict); None where there are none.

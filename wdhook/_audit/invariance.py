@@ -1,13 +1,16 @@
-"""Scale invariance by Euler's identity: where f(αw) = f(w) for all α > 0, ⟨w, ∂L/∂w⟩ = 0 for every loss L.
+"""Measures scale invariance by Euler's identity.
 
-With ``L = ⟨r, f⟩`` for a random r, one backward pass asks all parameters at once. In terms of the Jacobian J of the
-outputs, ``⟨w, g⟩ = ⟨r, J w⟩`` has the standard deviation ``‖J w‖``, and ``E‖g‖² = ‖J‖²`` (Frobenius). For a
-direction v of random entries, ``E‖J v‖² = ‖J‖² ‖v‖² / n``. So the *sensitivity*
+Where f(αw) = f(w) for all α > 0, ⟨w, ∂L/∂w⟩ = 0 for every loss L.
+
+With ``L = ⟨r, f⟩`` for a random r, one backward pass asks all parameters at once. In terms of
+the Jacobian J of the outputs, ``⟨w, g⟩ = ⟨r, J w⟩`` has the standard deviation ``‖J w‖``, and
+``E‖g‖² = ‖J‖²`` (Frobenius). For a direction v of random entries, ``E‖J v‖² = ‖J‖² ‖v‖² / n``.
+So the *sensitivity*
 
     s = √n · |⟨w, g⟩| / (‖w‖ · ‖g‖)
 
-is of the order of 1 for a weight whose scale matters as much as an average direction, whatever its size n, and 0
-for a weight whose scale does not matter.
+is of the order of 1 for a weight whose scale matters as much as an average direction, whatever
+its size n, and 0 for a weight whose scale does not matter.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from torch import Tensor
 from .projections import Projections
 
 _LEAKS = 10.0  # ⟨r, Jw⟩ is normally distributed: ten standard deviations
-# P(|N(0, 1)| < τ) ≤ √(2/π)·τ. The scale of a weight may matter less than that of an average direction;
-# a quarter of it is assumed.
+# P(|N(0, 1)| < τ) ≤ √(2/π)·τ. The scale of a weight may matter less than that of an average
+# direction; a quarter of it is assumed.
 _BY_CHANCE = 4 * (2 / math.pi) ** 0.5
 _NEGLIGIBLE = 1e-4  # probability that chance makes any weight or row of a model look invariant
 _MOST = 8  # projections
@@ -47,14 +50,16 @@ class Scale:
     """The evidence of the backward passes about the scale of one parameter.
 
     Attributes:
-        sensitivity: s as above, the largest of the projections; None where the outputs do not depend on
-            the parameter at all.
-        invariant: whether the outputs do not depend on the scale of the parameter; None without a verdict.
-        rows: (number of output channels that are invariant one by one, number with a verdict), or None.
+        sensitivity: s as above, the largest of the projections; None where the outputs do not
+            depend on the parameter at all.
+        invariant: whether the outputs do not depend on the scale of the parameter; None without
+            a verdict.
+        rows: (number of output channels that are invariant one by one, number with a verdict),
+            or None.
         doubt: the reason why there is no verdict; empty where there is one.
         slope: ⟨w, g⟩ of the first projection.
-        faint: the gradient is so small next to the largest of the model that rounding in the forward pass
-            could have made it.
+        faint: the gradient is so small next to the largest of the model that rounding in the
+            forward pass could have made it.
     """
 
     sensitivity: float | None = None
@@ -72,11 +77,12 @@ def threshold(epsilon: float, leak: float) -> float:
         epsilon: machine epsilon of the arithmetic.
         leak: the part of eps that could not be removed, see `EpsWatch.leak`.
 
-    Of an invariant weight, s is the relative rounding error of its gradient, plus what the eps of the
-    normalization leaks. √epsilon is exceeded by the first only when half of all digits are lost in the backward
-    pass. The second is a normal variable whose standard deviation is the leak. Of a weight whose scale matters,
-    s is about |N(0, 1)|: each independent projection is below τ by chance with a probability of 0.8·τ, or of
-    3.2·τ where the scale matters a quarter as much.
+    Of an invariant weight, s is the relative rounding error of its gradient, plus what the eps
+    of the normalization leaks. √epsilon is exceeded by the first only when half of all digits
+    are lost in the backward pass. The second is a normal variable whose standard deviation is
+    the leak. Of a weight whose scale matters, s is about |N(0, 1)|: each independent projection
+    is below τ by chance with a probability of 0.8·τ, or of 3.2·τ where the scale matters a
+    quarter as much.
     """
     return math.sqrt(epsilon) + _LEAKS * leak
 
@@ -88,7 +94,7 @@ def scales(
     epsilon: float,
     leak: float,
 ) -> dict[str, Scale]:
-    """Measure the scale of each leaf: from one projection, and from more while chance is not excluded.
+    """Measure the scale of each leaf by as many projections as chance requires.
 
     Args:
         projections: of the outputs that depend on the leaves.
@@ -191,7 +197,8 @@ def _rounding(
 def _effects(leaves: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, float]:
     """Return ‖w‖·‖g‖ for each gradient that is finite: the effect of changing w by its own size.
 
-    Where the effect is rounding noise next to the largest of the model, the outputs do not depend on w at
+    Where the effect is rounding noise next to the largest of the model, the outputs do not
+    depend on w at
     all: a bias before a BatchNorm, the bias of keys before a softmax.
     """
     names = list(gradients)
@@ -236,7 +243,7 @@ class Evidence:
         self.tests = len(self.names) * (1 + rows)
 
     def add(self, gradients: Mapping[str, Tensor]) -> bool:
-        """Add the gradients of one projection; tell whether any was independent of the earlier ones."""
+        """Add the gradients of one projection; tell whether any was new, see `Directions.add`."""
         stacked = _stacked(self.names, gradients)
         grown = bool(self._wholes.add(stacked.flatten(1)).any())
         if self._rows is None:
@@ -329,7 +336,7 @@ class Directions:
         return fresh
 
     def in_doubt(self, question: Question) -> Tensor:
-        """Tell for each vector whether it looks invariant, and the chance of that is not negligible.
+        """Tell for each vector whether it looks invariant and could do so by chance.
 
         The chance that k independent projections of a weight whose scale matters are all below the
         largest s that was seen is (3.2·s)ᵏ; summed over all tests of the model.

@@ -1,9 +1,10 @@
 """Removes the eps of normalizations for one pass, and measures how far it took part.
 
-A weight before a normalization has no scale of its own only where eps is zero: with y = x/√(σ² + ε) and x scaled
-by α, d log‖y‖/d log α = ε/(σ² + ε) =: κ. So the audit runs without eps. A fused normalization is called
-with ε = 0; where ε was added in Python, it is subtracted again when the sum reaches a square root or a
-denominator. A channel that is constant up to rounding keeps its eps: it would be divided by zero.
+A weight before a normalization has no scale of its own only where eps is zero: with y = x/√(σ² +
+ε) and x scaled by α, d log‖y‖/d log α = ε/(σ² + ε) =: κ. So the audit runs without eps. A fused
+normalization is called with ε = 0; where ε was added in Python, it is subtracted again when the
+sum reaches a square root or a denominator. A channel that is constant up to rounding keeps its
+eps: it would be divided by zero.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ class EpsWatch:
 
 
 def _denominator(op: Operation, args: Any) -> int | None:
-    """Return the index of the argument by which an operation divides, or of which it takes a root."""
+    """Return the index of the argument that an operation divides by or takes the root of."""
     if op.name == "pow":
         exponent = args[1] if len(args) > 1 else None
         fractional = isinstance(exponent, (int, float)) and (exponent < 0 or exponent == 0.5)

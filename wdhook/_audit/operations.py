@@ -1,4 +1,4 @@
-"""The table that the trace reads: for each operation of PyTorch, the use of each of its arguments."""
+"""The table that the trace reads: the use of each argument of the operations of PyTorch."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def use_of(name: str, argument: str, is_vector: bool) -> Use | None:
 
 
 def _use_in_fused_layer(argument: str) -> Use:
-    """Return the use in a layer that PyTorch runs as one operation; its arguments are descriptive."""
+    """Return the use in a layer that PyTorch runs as one operation, by the words of a name."""
     if "norm" in argument:
         return Use.NORM
     if "weight" in argument:

@@ -15,8 +15,8 @@ class Projections:
     """Gradients of random projections of the outputs of one forward pass.
 
     Args:
-        outputs: floating tensors that depend on the leaves. Each is divided by its usual size; elements that
-            are not finite (masks of -inf) are left out.
+        outputs: floating tensors that depend on the leaves. Each is divided by its usual size;
+            elements that are not finite (masks of -inf) are left out.
         leaves: name → parameter.
         seed: of the projections, which come from a generator of their own.
         reentrant: whether there are reentrant checkpoints, which know `backward` alone.
@@ -41,7 +41,7 @@ class Projections:
         return sum(output.numel() * (2 if output.is_complex() else 1) for output in self._outputs)
 
     def gradients(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the gradients of a new projection by name; leaves that it does not reach are left out."""
+        """Return the gradients of a new projection, of the leaves that it reaches, by name."""
         directions = [self._direction(output) for output in self._outputs]
         if self._first is None:
             self._first = directions

@@ -1,4 +1,4 @@
-"""All findings of an audit as data: `Audit`, an ordered mapping from parameter name to `Finding`."""
+"""All findings of an audit as data: `Audit`, a mapping from parameter name to `Finding`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ class Audit(Mapping[str, Finding]):
 
     Attributes:
         dtype: of the arithmetic of the audit, such as ``"float64"``.
-        threshold: the sensitivity up to which a parameter counts as invariant; see docs/audit.md. None on
-            the meta device, and where no floating output depends on a parameter.
-        eps_share: how far the eps of the normalizations breaks the invariance: the root mean square of
-            ε/(σ² + ε), of the normalization with the most. The audit itself runs without eps.
+        threshold: the sensitivity up to which a parameter counts as invariant; see
+            docs/audit.md. None on the meta device, and where no floating output depends on a
+            parameter.
+        eps_share: how far the eps of the normalizations breaks the invariance: the root mean
+            square of ε/(σ² + ε), of the normalization with the most. The audit itself runs
+            without eps.
         training: whether the model was in training mode.
-        stopped: names of the parameters behind a stop-gradient or a straight-through estimator, where
-            gradients are not those of the outputs; empty where they agree.
+        stopped: names of the parameters behind a stop-gradient or a straight-through estimator,
+            where gradients are not those of the outputs; empty where they agree.
     """
 
     def __init__(
@@ -96,14 +98,14 @@ class Audit(Mapping[str, Finding]):
     # ------------------------------------------------------------------------------- for a plan
 
     def saw(self, name: str) -> bool:
-        """Tell whether the audited model has a parameter of this name, whatever wraps either model."""
+        """Tell whether the audited model has a parameter of this name, wrappers aside."""
         return bare_name(name) in self._bare
 
     def is_of(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Tell whether the audit is of a model with these parameters.
 
-        The names of one must be among those of the other (a model may have grown or lost a head since), and
-        every name that both have must have one shape.
+        The names of one must be among those of the other (a model may have grown or lost a head
+        since), and every name that both have must have one shape.
 
         Args:
             shapes: parameter name → shape, as of ``model.named_parameters()``.
@@ -129,20 +131,21 @@ class Audit(Mapping[str, Finding]):
         return found
 
     def traced_role(self, name: str) -> tuple[Role, str] | None:
-        """Return the role that a parameter was seen in, and by which operation; None if undecided."""
+        """Return the traced role of a parameter and the operation; None if undecided."""
         finding = self._bare.get(bare_name(name))
         if finding is None or finding.agrees is None:
             return None
         return finding.role, finding.operations[0]
 
-    # ------------------------------------------------------------------------------- as data and text
+    # ------------------------------------------------------------------------------- as data and
+    # text
 
     def to_dict(self) -> dict[str, Any]:
         """Return the audit as plain data that ``json.dumps`` takes.
 
         Returns:
-            the keys ``dtype``, ``threshold``, ``eps_share``, ``training``, ``stopped``, ``overrides`` and
-            ``parameters``: a list of dicts with the attributes of `Finding`.
+            the keys ``dtype``, ``threshold``, ``eps_share``, ``training``, ``stopped``,
+            ``overrides`` and ``parameters``: a list of dicts with the attributes of `Finding`.
         """
         return {
             "dtype": self.dtype,

@@ -32,14 +32,14 @@ from .trace import Trace
 def audit(model: nn.Module, /, *args: Any, **kwargs: Any) -> Audit:
     """Run `model` on example inputs, forward and backward, and report the use of each parameter.
 
-    Nothing is changed: the pass runs on copies of parameters, buffers and whatever else modules hold, in the mode
-    (train or eval) that the model is in, and random states are put back. Parameters that are zero throughout get small random
-    values for it, since what they multiply would have no gradient.
+    Nothing is changed: the pass runs on copies of parameters, buffers and whatever else modules
+    hold, in the mode (train or eval) that the model is in, and random states are put back.
+    Parameters that are zero throughout get small random values for it, since what they multiply
+    would have no gradient.
 
     Args:
-        model: any module whose parameters are whole and initialized. On the meta device only uses are told.
-        *args: inputs of the model.
-        **kwargs: inputs of the model by name.
+        model: any module whose parameters are whole and initialized. On the meta device only
+            uses are told. *args: inputs of the model. **kwargs: inputs of the model by name.
 
     Returns:
         One `Finding` for each name that ``model.named_parameters()`` gives, in its order.
@@ -51,15 +51,11 @@ def audit(model: nn.Module, /, *args: Any, **kwargs: Any) -> Audit:
         ArgumentError: the model has lazy, sharded or scripted parameters, or is no module.
 
     >>> import torch, wdhook
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.PReLU())
-    >>> audit = wdhook.audit(model, torch.randn(4, 3, 8, 8))
-    >>> for name, finding in audit.items():
-    ...     print(f"{name:9} {finding.use:12} {finding.invariant}")
-    0.weight  contraction  True
-    0.bias    addition     None
-    1.weight  norm         False
-    1.bias    norm         False
-    2.weight  slope        False
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8),
+    torch.nn.PReLU()) >>> audit = wdhook.audit(model, torch.randn(4, 3, 8, 8)) >>> for name,
+    finding in audit.items(): ...     print(f"{name:9} {finding.use:12} {finding.invariant}")
+    0.weight  contraction  True 0.bias    addition     None 1.weight  norm         False 1.bias
+    norm         False 2.weight  slope        False
     """
     _check(model)
     with collector_paused():
@@ -129,7 +125,7 @@ class _Traced:
 
 
 def _run(model: nn.Module, parameters: Mapping[str, Tensor], args: Any, kwargs: Any) -> _Run:
-    """Run the passes in the finest arithmetic that the model allows; the last error is the user's."""
+    """Run the passes in the finest arithmetic that the model allows."""
     *finer, last = _dtypes(parameters)
     for dtype in finer:
         # A constant of another type, a kernel that is missing: any error is a reason to go on.
@@ -205,7 +201,7 @@ class _Measured:
 def _measure(
     traced: _Traced, uses: Mapping[str, list[Seen]], nodes: Sequence[Any]
 ) -> _Measured | None:
-    """Measure the scale of each trainable parameter; None without outputs or values to do it with."""
+    """Measure the scale of each trainable parameter; None without outputs or values."""
     outputs = _differentiable(traced.outputs)
     trainable = {name: leaf for name, leaf in traced.leaves.items() if leaf.requires_grad}
     if not outputs or not trainable or _on_meta(trainable):
@@ -260,8 +256,9 @@ def _dtype_name(dtype: torch.dtype | None, leaves: Mapping[str, Tensor]) -> str:
 def _wake(leaves: Mapping[str, Tensor]) -> None:
     """Give small random values to parameters that are zero: a last gain, LoRA's B, biases.
 
-    Nothing flows back through a zero, and a network whose biases are all zero scales with weights that it does not
-    scale with later. A tenth of the usual scale of initialization, 1/√(inputs of each output).
+    Nothing flows back through a zero, and a network whose biases are all zero scales with
+    weights that it does not scale with later. A tenth of the usual scale of initialization,
+    1/√(inputs of each output).
     """
     generator = torch.Generator().manual_seed(SEED + 1)
     with torch.no_grad():
@@ -275,11 +272,12 @@ def _wake(leaves: Mapping[str, Tensor]) -> None:
             leaf.copy_((noise * 0.1 / inputs**0.5).to(leaf.dtype))
 
 
-# ------------------------------------------------------------------------------- what can be audited
+# ------------------------------------------------------------------------------- what can be
+# audited
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """The module inside wrappers that do something of their own in a forward pass: buckets, broadcasts, compilation."""
+    """Return the module inside wrappers that add buckets, broadcasts or compilation."""
     wraps = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
     inside = model._modules.get("module" if wraps else "_orig_mod")
     return model if inside is None else _inner(inside)

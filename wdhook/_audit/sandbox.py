@@ -24,9 +24,9 @@ __all__ = ["isolated", "tensors_in"]
 def isolated(model: nn.Module, copies: Copies) -> Iterator[None]:
     """Exchange what a model holds for copies, and put the originals back at the end.
 
-    The exchanged parameters are other leaves: no gradient reaches those of the model, and none of their hooks
-    runs. The fields of objects that the model holds, of its classes, and of modules in lists or
-    dicts are exchanged too.
+    The exchanged parameters are other leaves: no gradient reaches those of the model, and none
+    of their hooks runs. The fields of objects that the model holds, of its classes, and of
+    modules in lists or dicts are exchanged too.
 
     Not put back: values in closures, files, and values that forward hooks write elsewhere.
 
@@ -49,8 +49,8 @@ def isolated(model: nn.Module, copies: Copies) -> Iterator[None]:
     advanced = copies.advanced()
     if advanced:
         warnings.warn(
-            "The forward pass of the audit has advanced a generator that the model holds, and Python "
-            f"cannot run it back.\n  generator: {', '.join(advanced)}",
+            "The forward pass of the audit has advanced a generator that the model holds, "
+            f"and Python cannot run it back.\n  generator: {', '.join(advanced)}",
             WdhookWarning,
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""An audit as text and as HTML: contradictions first, then the parameters in the order of the model."""
+"""An audit as text and as HTML: contradictions first, then in the order of the model."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def headlines(audit: Audited) -> list[str]:
 
 
 def audit_rows(audit: Audited) -> list[Row]:
-    """Return the heading, and a row for each run of findings that differ in numbers of names alone."""
+    """Return the heading and the rows; findings that differ in the numbers of names share one."""
     ordered = sorted(audit.values(), key=lambda finding: finding.agrees is not False)
     folded = fold_by(ordered, _cells)
     return [_HEAD, *((label, *_cells(finding)) for label, finding in folded)]

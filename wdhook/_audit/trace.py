@@ -1,9 +1,9 @@
 """Follows parameters through a forward pass to the first operation that mixes each with data.
 
-Below autograd and autocast every operation passes a `TorchDispatchMode`, whatever Python code called it. Views
-share the storage of their base, so a storage that holds a parameter stands for all its views; copies,
-casts and functions of parameters alone (weight standardisation, weight norm, ``-exp(A_log)``) hand the
-parameter on.
+Below autograd and autocast every operation passes a `TorchDispatchMode`, whatever Python code
+called it. Views share the storage of their base, so a storage that holds a parameter stands for
+all its views; copies, casts and functions of parameters alone (weight standardisation, weight
+norm, ``-exp(A_log)``) hand the parameter on.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             mark.carried.clear()  # x[:, 0] = token: the target of the writing is data
 
     def _sum(self, operand: Operand, args: Any, result: Tensor) -> None:
-        """Make a contraction of a product with data that is summed over the axes of its parameter."""
+        """Make a contraction of a product that is summed over the axes of its parameter."""
         if operand.mark is None:
             return
         dims = operand.tensor.dim()
@@ -257,7 +257,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return waiting
 
     def _read_fed(self, op: Operation, left: Operand, right: Operand) -> dict[str, Carried]:
-        """Read a parameter that is fed to a layer of parameters: a token, or a factor of a weight."""
+        """Read the left factor of a product of parameters: a token, or part of a weight."""
         token = Seen(Use.TOKEN, f"{op.name}[{left.argument}]")
         rows = left.tensor.shape[-2:-1]
         if op.name in WITH_BIAS or rows == (1,):
@@ -270,7 +270,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _meet_data(
         self, op: Operation, operand: Operand, operands: list[Operand], stream: int
     ) -> dict[str, Carried]:
-        """Read a parameter together with data, in an operation without a meaning of its own for it."""
+        """Read a parameter together with data, in an operation that any tensor may enter."""
         operation = f"{op.name}[{operand.argument}]"
         if op.picks:
             rows = Seen(Use.LOOKUP, operation)
@@ -357,8 +357,8 @@ def _gained(operands: list[Operand], result: Tensor) -> dict[str, Gained]:
 def _dependence(operands: list[Operand]) -> tuple[int, int]:
     """Return the parameters on which a result depends, and those of them that no gradient reaches.
 
-    A floating operand that depends on a trainable parameter and requires no gradient was detached, or
-    computed under `torch.no_grad`.
+    A floating operand that depends on a trainable parameter and requires no gradient was
+    detached, or computed under `torch.no_grad`.
     """
     upstream = stopped = 0
     for operand in operands:

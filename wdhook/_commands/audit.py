@@ -17,19 +17,22 @@ SCHEMA = "wdhook.audit/1"
 """Of the output of ``--json``. Keys are only added under one number."""
 
 _DESCRIPTION = f"""\
-Run a model on example inputs, forward and backward, and print the use of each parameter: the operation that
-uses it, whether the use agrees with the plan of `inspect`, and whether the scale of the parameter matters at
-all. The model is built on the CPU, and nothing is downloaded or written.
+Run a model on example inputs, forward and backward, and print the use of each parameter: the
+operation that uses it, whether the use agrees with the plan of `inspect`, and whether the scale
+of the parameter matters at all. The model is built on the CPU, and nothing is downloaded or
+written.
 
 {TARGETS}
 inputs:
-  --input EXPR                 in their order; a literal, or a call of randn, rand, randint, zeros, ones, full,
-  --input NAME=EXPR            arange, linspace, eye or tensor, which is parsed and not evaluated
+  --input EXPR                 in their order; a literal, or a call of randn, rand, randint,
+  zeros, ones, full, --input NAME=EXPR            arange, linspace, eye or tensor, which is
+  parsed and not evaluated
 
 exit status:
   0  no use contradicts the plan; undecided uses do not count
   1  at least one use contradicts the plan
-  2  the audit did not run: the target cannot be built, an input is not understood, or the model raised an error
+  2  the audit did not run: the target cannot be built, an input is not understood, or the model
+  raised an error
 
 With --json, standard output is one object: schema "{SCHEMA}", target, dtype, threshold, eps_share,
 training, stopped, overrides, parameters. What the model prints goes to standard error.
@@ -80,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Audit a model and print what was found.
 
     Raises:
-        UsageError: the target cannot be built, an input is not understood, or the model raised an error.
+        UsageError: the target cannot be built, an input is not understood, or the model raised
+            an error.
         ArgumentError: the model cannot be audited.
     """
     args, kwargs = parse_inputs(arguments.input)

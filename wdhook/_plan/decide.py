@@ -144,14 +144,15 @@ def _check_audit(audit: Audit, model: nn.Module, recipe: str | None) -> None:
 
     if not isinstance(audit, Audit):
         raise ArgumentError(
-            f"`audit` must be an Audit.\n  got: {type(audit).__name__}\n  Make one: wdhook.audit(model, *inputs)"
+            f"`audit` must be an Audit.\n  got: {type(audit).__name__}\n"
+            "  Make one: wdhook.audit(model, *inputs)"
         )
     if recipe is not None:
         raise ArgumentError(
             "`audit` and `recipe` both say which parameters are decayed.\n"
             f"  recipe: {recipe}\n  Give one of them; Plan.diff shows what they decide differently"
         )
-    # A shard or an uninitialized parameter does not have the shape of the whole: its audited shape counts.
+    # A shard or an uninitialized parameter does not have the shape of the whole.
     shapes = {
         name: tuple(parameter.shape)
         for name, parameter in model.named_parameters()
