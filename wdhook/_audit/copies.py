@@ -41,7 +41,6 @@ _NEVER = (
     torch.dtype,
     torch.device,
     torch.Size,
-    torch.Stream,
 )
 # Parts of torch whose objects have a life of their own: optimizers, loaders, process groups,
 # compilers.
@@ -200,7 +199,7 @@ class Copies:
             for key, held in data.items():
                 made = self.of(held)
                 if made is not held:
-                    setattr(base, key, made)
+                    type.__setattr__(base, key, made)
 
     # ------------------------------------------------------------------------------- tensors
 
@@ -247,10 +246,10 @@ def _refill(kind: Any, held: Any, saved: list[tuple[Any, Any]]) -> None:
 def _restore_class(kind: type, data: dict[str, Any]) -> None:
     for key in [key for key, held in vars(kind).items() if _is_class_data(key, held)]:
         if key not in data:
-            delattr(kind, key)
+            type.__delattr__(kind, key)
     for key, held in data.items():
         if vars(kind).get(key) is not held:
-            setattr(kind, key, held)
+            type.__setattr__(kind, key, held)
 
 
 def _is_class_data(key: str, held: object) -> bool:

@@ -116,17 +116,32 @@ def scales(
             moving[name] = gradients[name]
         else:
             found[name] = Scale(doubt=NO_EFFECT if effect else NO_GRADIENT)
-    evidence = [
-        Evidence(names, leaves, axes.get(names[0]), floor) for names in _alike(moving, axes)
-    ]
-    tests = sum(one.tests for one in evidence)
-    question = Question(threshold(epsilon, leak), tests)
-    _collect(projections, evidence, moving, question)
-    for one in evidence:
-        found.update(one.verdicts(question, rounding))
+    limit = threshold(epsilon, leak)
+    found.update(_asked(projections, leaves, axes, moving, rounding, floor, limit))
     for name in faint:
         if effects[name] <= _FAINT * epsilon * largest:
             found[name] = replace(found[name], faint=True)
+    return found
+
+
+def _asked(
+    projections: Projections,
+    leaves: Mapping[str, Tensor],
+    axes: Mapping[str, int],
+    gradients: Mapping[str, Tensor],
+    rounding: Mapping[str, float],
+    floor: float,
+    limit: float,
+) -> dict[str, Scale]:
+    """Return the verdicts on the parameters on which the outputs depend."""
+    evidence = [
+        Evidence(names, leaves, axes.get(names[0]), floor) for names in _alike(gradients, axes)
+    ]
+    question = Question(limit, sum(one.tests for one in evidence))
+    _collect(projections, evidence, gradients, question)
+    found: dict[str, Scale] = {}
+    for one in evidence:
+        found.update(one.verdicts(question, rounding))
     return found
 
 

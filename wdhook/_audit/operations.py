@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -142,7 +143,6 @@ _KEEPING = _names(
     "neg mul div add sub rsub clone _to_copy copy conj positive view_as_real _conj _conj_physical "
     "where masked_fill dropout native_dropout fill"
 )
-_FUSED_LAYERS = ("multi_head_attention", "encoder_layer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,26 +223,53 @@ def use_of(name: str, argument: str, is_vector: bool) -> Use | None:
         return _CONTRACTION
     if (name, argument) in _ARGUMENTS:
         return _ARGUMENTS[name, argument]
-    if any(part in name for part in _FUSED_LAYERS):
-        return _use_in_fused_layer(argument)
-    if "conv" in name:
-        return {"weight": _CONTRACTION, "bias": _ADDITION}.get(argument, _TOKEN)
-    if "norm" in name and name != "_weight_norm_interface":
-        return Use.NORM if argument in ("weight", "bias") else None
-    if "attention" in name:
-        return _ADDITION if argument in ("attn_mask", "attn_bias", "bias") else _TOKEN
-    if "rnn" in name and argument.startswith("weight"):
-        return _ADDITION if is_vector else _CONTRACTION
+    for part, rule in _FAMILIES:
+        if part in name:
+            return rule(argument, is_vector)
     return None
 
 
-def _use_in_fused_layer(argument: str) -> Use:
+def _in_fused_layer(argument: str, is_vector: bool) -> Use:
     """Return the use in a layer that PyTorch runs as one operation, by the words of a name."""
     if "norm" in argument:
         return Use.NORM
     if "weight" in argument:
         return _CONTRACTION
     return _ADDITION if "bias" in argument or "mask" in argument else _TOKEN
+
+
+def _in_convolution(argument: str, is_vector: bool) -> Use:
+    return {"weight": _CONTRACTION, "bias": _ADDITION}.get(argument, _TOKEN)
+
+
+def _in_weight_norm(argument: str, is_vector: bool) -> None:
+    """Return None: the direction is on its way to its layer."""
+
+
+def _in_norm(argument: str, is_vector: bool) -> Use | None:
+    return Use.NORM if argument in ("weight", "bias") else None
+
+
+def _in_attention(argument: str, is_vector: bool) -> Use:
+    return _ADDITION if argument in ("attn_mask", "attn_bias", "bias") else _TOKEN
+
+
+def _in_recurrent_layer(argument: str, is_vector: bool) -> Use | None:
+    if not argument.startswith("weight"):
+        return None
+    return _ADDITION if is_vector else _CONTRACTION
+
+
+# Part of the name of an operation → the rule for its arguments; the first that fits counts.
+_FAMILIES: tuple[tuple[str, Callable[[str, bool], Use | None]], ...] = (
+    ("multi_head_attention", _in_fused_layer),
+    ("encoder_layer", _in_fused_layer),
+    ("conv", _in_convolution),
+    ("weight_norm", _in_weight_norm),
+    ("norm", _in_norm),
+    ("attention", _in_attention),
+    ("rnn", _in_recurrent_layer),
+)
 
 
 def pointwise_use(name: str, argument: str) -> Use:

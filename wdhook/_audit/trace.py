@@ -278,20 +278,28 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if op.joins:
             self._consume(operand, Seen(Use.TOKEN, operation))
             return {}
-        if not op.pointwise:
-            if "norm" in op.name:
-                return _handed_on(op, operand, operands)
-            self._consume(operand, Seen(Use.OTHER, operation))
-            return {}
+        if op.pointwise:
+            return self._meet_pointwise(op, operand, operands, stream)
+        if "norm" in op.name:
+            return _handed_on(op, operand, operands)
+        self._consume(operand, Seen(Use.OTHER, operation))
+        return {}
+
+    def _meet_pointwise(
+        self, op: Operation, operand: Operand, operands: list[Operand], stream: int
+    ) -> dict[str, Carried]:
+        """Read a parameter that a pointwise operation mixes with data of a number of elements."""
+        operation = f"{op.name}[{operand.argument}]"
         seen = Seen(pointwise_use(op.name, operand.argument), operation)
         if seen.use is Use.MULTIPLICATION and _is_spectrum(operands):
             seen = Seen(Use.CONTRACTION, operation, firm=False)
-        table = sum(size > 1 for size in operand.tensor.shape) > 1
-        if operand.tensor.numel() < stream + (not table):
+        numel = operand.tensor.numel()
+        is_table = sum(size > 1 for size in operand.tensor.shape) > 1
+        if numel < stream or (numel == stream and not is_table):
             self._consume(operand, seen)
             return {}
         # Not broadcast: a weight that the data modulate, or a table that they are added to.
-        later = replace(seen, firm=seen.firm and operand.tensor.numel() == stream)
+        later = replace(seen, firm=seen.firm and numel == stream)
         return {name: c.waiting(later) for name, c in operand.carries.items()}
 
     def _contraction(self, op: Operation, operand: Operand, name: str, args: Any) -> Seen:
