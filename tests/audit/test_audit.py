@@ -328,6 +328,7 @@ def test_why_there_is_no_verdict_is_told() -> None:
     """The table tells an absent gradient from an absent effect, and neither is printed for the
     other.
     """
+    torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2, bias=False), nn.LayerNorm(2), nn.Linear(2, 3)
     )
@@ -338,8 +339,9 @@ def test_why_there_is_no_verdict_is_told() -> None:
     signs, silent = wdhook.audit(model, x), wdhook.audit(dead, x)
     assert signs["2.weight"].doubt == "no effect on the outputs"
     assert silent["0.weight"].doubt == "no gradient"
-    assert "no gradient" not in str(signs)
+    assert "no effect on the outputs" in str(signs)
     assert "no gradient" in str(silent)
+    assert "no effect on the outputs" not in str(silent)
     assert signs["4.weight"].doubt == ""
     meta = wdhook.audit(nn.Linear(6, 2, device="meta"), torch.randn(2, 6, device="meta"))
     assert meta["weight"].doubt == "not measured"

@@ -21,6 +21,7 @@ from .factors import factors_of, in_place, is_broadcast, is_layer, is_low_rank, 
 from .nested import tensors_in
 from .norm_eps import EpsWatch
 from .operations import (
+    LEFT,
     WITH_BIAS,
     Operation,
     Use,
@@ -306,7 +307,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         transposed = "conv" in op.name and len(args) > 6 and args[6] is True
         axis = kept_axis(op.name, operand.argument, transposed)
         own = self._uses.axis(name, operand.tensor, axis)
-        return Seen(Use.CONTRACTION, f"{op.name}[{operand.argument}]", own)
+        # The left factor of data may be a weight, and may be queries that meet keys.
+        firm = not (op.is_product and operand.argument in LEFT)
+        return Seen(Use.CONTRACTION, f"{op.name}[{operand.argument}]", own, firm)
 
     def _consume(self, operand: Operand, seen: Seen) -> None:
         for carried in operand.carries.values():
