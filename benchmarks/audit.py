@@ -24,7 +24,7 @@ class Recurrent(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(1000, 128)
+        self.embedding = nn.Embedding(2000, 128)
         self.lstm = nn.LSTM(128, 256, 2, batch_first=True)
         self.head = nn.Linear(256, 1000)
 
