@@ -1,4 +1,4 @@
-"""`python -m sphinx -W --keep-going -n docs build/docs` makes the site; CONTRIBUTING.md has the whole command."""
+"""`python -m sphinx -W --keep-going -n docs build/docs` makes the site; see CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -32,9 +32,12 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
-# Docstrings put arguments and values in single backticks as well as names: what is a name becomes a link.
+# Docstrings put names, arguments and values in single backticks; a name becomes a link.
 default_role = "py:obj"
-_ELSEWHERE = r"(torch|collections|typing|matplotlib)\..*|wdhook\._.*|nn\..*|Any|Audit|Figure|History|Overrides|.*Error"
+_ELSEWHERE = (
+    r"(torch|collections|typing|matplotlib)\..*|wdhook\._.*|nn\..*|"
+    r"Any|Audit|Figure|History|Overrides|.*Error"
+)
 nitpick_ignore_regex = [("py:obj", ".*"), ("py:class", _ELSEWHERE)]
 
 maximum_signature_line_length = 90  # longer ones get a line for each argument

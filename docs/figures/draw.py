@@ -1,4 +1,4 @@
-"""`python docs/figures/draw.py`: remake the drawings of the pages, from science.json where they show numbers."""
+"""`python docs/figures/draw.py`: remake the drawings of the pages; their numbers: science.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ SCHEMES = (
     "svg{--ink:#1f2328;--faint:#c9ced6;--paper:#ffffff}"
     "@media(prefers-color-scheme:dark){svg{--ink:#e3e6ea;--faint:#4a4f57;--paper:#131416}}"
 )
-# Readable on both papers, and told apart by colour-blind readers (Okabe & Ito 2008); shapes and dashes differ too.
+# Readable on light and dark pages, and for colour-blind readers (Okabe & Ito 2008);
+# shapes and dashes differ too.
 BLUE, ORANGE, GREEN = "#3a8fd0", "#d9720b", "#10a37f"
 
 matplotlib.rcParams.update(
@@ -54,7 +55,7 @@ def save(figure: Figure, name: str) -> None:
     path.write_text("\n".join(line.rstrip() for line in lines) + "\n")
 
 
-# -- the timeline of a step --------------------------------------------------------------------------------------
+# -- the timeline of a step ------------------------------------------------------------------------
 
 STAGES = ["forward", "backward", "unscale", "clip", "step\nbegins", "update", "step\nends"]
 LANES = [
@@ -81,7 +82,8 @@ def timeline() -> Figure:
     for row, (label, color, boxes, (start, end)) in enumerate(LANES):
         y = -0.6 - row
         ax.text(-1.25, y, label, va="center", family="monospace", fontsize=7.5)
-        # From the decay to the end of the step, whoever reads the gradient (or the parameter) sees it decayed.
+        # From the decay to the end of the step every reader of the gradient (or the parameter)
+        # sees the decay.
         ax.plot(
             [start, end],
             [y, y],
@@ -105,16 +107,22 @@ def timeline() -> Figure:
         (-0.3, -3.45),
         arrowprops={"arrowstyle": "->", "color": INK, "linewidth": 1},
     )
-    ax.text(3.1, -3.68, "a window: from the end of one step to the end of the next; in it, each p is decayed once",
-            ha="center", va="center", fontsize=8)  # fmt: skip
+    ax.text(
+        3.1,
+        -3.68,
+        "a window: from the end of one step to the end of the next; in it, each p is decayed once",
+        ha="center",
+        va="center",
+        fontsize=8,
+    )
     return figure
 
 
-# -- the experiments ---------------------------------------------------------------------------------------------
+# -- the experiments -------------------------------------------------------------------------------
 
 
 def equilibrium(runs: list[dict[str, Any]]) -> Figure:
-    """Left: one layer from four starts, and without decay. Right: every layer, where the theory says it ends."""
+    """Left: one layer from four starts, and without decay. Right: every layer and the theory."""
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     layer = "block1.conv1.weight"
@@ -167,7 +175,7 @@ def _diagonal(ax: Axes) -> None:
 
 
 def roles(report: dict[str, Any]) -> Figure:
-    """Held-out accuracy against decaying the weights alone, with 95 % intervals of the paired differences."""
+    """Held-out accuracy against decay of weights alone; 95 % intervals of paired differences."""
     arms = {name: arm for name, arm in report["arms"].items() if name != "weights"}
     figure = Figure(figsize=(7.2, 2.5), layout="constrained")
     ax = figure.subplots()

@@ -1,4 +1,4 @@
-"""The command line: help, bad usage, missing packages. What the demo does is tested in test_demo.py."""
+"""The command line: help, bad usage, missing packages; test_demo.py tests the demo itself."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_demo_has_the_documented_defaults(monkeypatch: pytest.MonkeyPatch) -
 def test_bad_usage_exits_with_two(
     arguments: list[str], piece: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Arguments that have no meaning end with status 2 and a message that says which, before any work."""
+    """Arguments without a meaning: status 2 and a message with their names, before any work."""
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == cli.BAD_USAGE
@@ -99,7 +99,7 @@ def test_bad_usage_exits_with_two(
 def test_missing_packages_are_named(
     absent: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the extra's packages the demo ends with status 2, their names and the command that installs them."""
+    """Without the extra's packages the demo ends with status 2, their names and the pip command."""
     for name in absent:
         monkeypatch.setitem(sys.modules, name, None)
     assert cli.main(["demo", "--epochs", "1"]) == cli.BAD_USAGE
@@ -154,7 +154,7 @@ def test_nobody_reads_on() -> None:
 
 
 def test_a_terminal_without_λ_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream whose encoding lacks a letter gets a question mark, and is strict again afterwards."""
+    """A stream that cannot encode a letter gets a question mark, and is strict afterwards."""
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
     with pytest.raises(UnicodeEncodeError):

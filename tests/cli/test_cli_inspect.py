@@ -96,7 +96,7 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0
     return json.loads(inspect(capsys, *arguments, "--json", status=status))
 
 
-# -- what is built ----------------------------------------------------------------------------------------------
+# -- what is built ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0
 def test_plain_output_is_that_of_print(
     target: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A function, a member of a class or a model in a file, or in a module: what is printed is `print(plan)`."""
+    """A function, a class member or a model, in a file or a module: the output is `print(plan)`."""
     sys.path.insert(0, str(folder))
     out = inspect(capsys, target, "--weight-decay", "0.01")
     assert out == f"{wdhook.plan(build(), 0.01)}\n"
@@ -167,15 +167,15 @@ def test_a_file_may_have_the_name_of_a_module(
     assert sys.modules["torch"] is torch
 
 
-# -- what is shown ----------------------------------------------------------------------------------------------
+# -- what is shown ---------------------------------------------------------------------------------
 
 
 def test_overrides_by_name_and_by_role(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--override` takes globs and roles, numbers and `true`; the last match wins, also if it is given twice."""
+    """`--override` takes globs and roles, numbers and `true`; the last match wins."""
     found = as_json(
         capsys, "models.py:build", "--weight-decay", "0.5",
-        *("--override", "norm=0.25"), *("--override", "*.norm.bias=true"), *("--override", "norm=true"),
-        *("--override", "1.*=0"),
+        *("--override", "norm=0.25"), *("--override", "*.norm.bias=true"),
+        *("--override", "norm=true"), *("--override", "1.*=0"),
     )  # fmt: skip
     λs = {p["name"]: (p["weight_decay"], p["follows"]) for p in found["parameters"]}
     assert λs["0.fc.weight"] == λs["0.norm.weight"] == λs["0.norm.bias"] == (0.5, True)
@@ -184,7 +184,7 @@ def test_overrides_by_name_and_by_role(folder: Path, capsys: pytest.CaptureFixtu
 
 
 def test_only_and_summary(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--only` shows a part, `--summary` nothing but totals, which are of all parameters in each case."""
+    """`--only` shows a part, `--summary` only totals; totals are of all parameters in each case."""
     plan = wdhook.plan(build(), 1e-4)
     head, _, totals = str(plan).split("\n\n")
     assert inspect(capsys, "models.py:build", "--summary") == f"{head}\n\n{totals}\n"
@@ -229,8 +229,13 @@ def test_the_schema_of_json(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     plan = wdhook.plan(build(), 1e-4)
     for row, decision in zip(found["parameters"], plan.values(), strict=True):
         assert row == {
-            "name": decision.name, "shape": list(decision.shape), "numel": decision.numel, "role": str(decision.role),
-            "weight_decay": decision.weight_decay, "follows": decision.follows, "guess": decision.guess,
+            "name": decision.name,
+            "shape": list(decision.shape),
+            "numel": decision.numel,
+            "role": str(decision.role),
+            "weight_decay": decision.weight_decay,
+            "follows": decision.follows,
+            "guess": decision.guess,
             "reason": decision.reason,
         }  # fmt: skip
     page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
@@ -277,7 +282,7 @@ def test_rich_on_a_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_plan_is_drawn_too(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    """`--plot` writes the picture of the plan and prints what it always prints; without matplotlib it is an error."""
+    """`--plot` writes the picture and prints the plan as ever; without matplotlib: an error."""
     pytest.importorskip("matplotlib")
     out = inspect(capsys, "models.py:build", "--plot", "plan.png")
     assert out == f"{wdhook.plan(build(), 1e-4)}\n"
@@ -289,7 +294,7 @@ def test_the_plan_is_drawn_too(
     assert "--plot needs packages that are not installed: matplotlib" in err
 
 
-# -- what cannot be -----------------------------------------------------------------------------------------------
+# -- what cannot be --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -301,21 +306,27 @@ def test_the_plan_is_drawn_too(
         (["no_such_package.models:a"], ["cannot be imported", "package: no_such_package.models"]),
         (["models.py:no_module"], ["must make a torch.nn.Module", "made: int"]),
         (["models.py:text"], ["must name a function, a class or a model", "is: str"]),
-        (["models.py:fails"], ["models.py:fails raised an error", "RuntimeError: mat1 and mat2", "in fails"]),
+        (
+            ["models.py:fails"],
+            ["models.py:fails raised an error", "RuntimeError: mat1 and mat2", "in fails"],
+        ),
         (["models.py:stops"], ["SystemExit: no arguments given", "in stops"]),
         (["broken.py:build"], ["broken.py raised an error", "ZeroDivisionError", "broken.py:2"]),
         (["torch.nn:Linear"], ["TypeError", "in_features"]),
         (["torch.nn:Linear", "--kwargs", "3"], ["must be name=value", "got: '3'"]),
         (["torch.nn:Linear", "--kwargs", "a=open('x')"], ["literals for values"]),
         (["models.py:ready", "--kwargs", "a=1"], ["is a model already"]),
-        (["models.py:build", "--override", "nothing=0"], ["matches nothing", "selector: 'nothing'"]),
+        (
+            ["models.py:build", "--override", "nothing=0"],
+            ["matches nothing", "selector: 'nothing'"],
+        ),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )  # fmt: skip
 def test_errors(
     arguments: list[str], pieces: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What cannot be built ends with status 2 and a message that says what and where, without a traceback."""
+    """A model that cannot be built: status 2, a message with what and where, and no traceback."""
     (folder / "broken.py").write_text("a = 0\nb = 1 / a\n")
     err = inspect(capsys, *arguments, status=2)
     assert "python -m wdhook inspect: error: " in err
@@ -347,7 +358,7 @@ def test_values_are_parsed_and_never_run(tmp_path: Path) -> None:
 
 
 def test_inputs_are_tensors_and_the_same_each_time() -> None:
-    """Positional and keyword inputs, dtypes with and without `torch.`; made anew from the same numbers."""
+    """Positional and keyword inputs, dtypes with and without `torch.`; from the same numbers."""
     texts = [
         "randn(2, 3)",
         "ids=torch.randint(0, 9, (2, 4))",
@@ -368,7 +379,7 @@ def test_inputs_are_tensors_and_the_same_each_time() -> None:
     assert parse_kwargs(None) == {}
 
 
-# -- the packages of others -------------------------------------------------------------------------------------
+# -- the packages of others ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -391,7 +402,7 @@ def test_models_of_others(
 def test_transformers_are_configured_and_never_downloaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """`hf:` takes configurations and model classes with sizes; the name of a checkpoint is an error."""
+    """`hf:` takes configurations and model classes with sizes; a checkpoint is an error."""
     pytest.importorskip("transformers")
     sizes = "num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8"
     found = as_json(capsys, "hf:BertForMaskedLM", "--kwargs", sizes)

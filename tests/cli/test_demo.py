@@ -82,7 +82,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Short:
 
 
 def test_ends_well_and_says_so(short: Short) -> None:
-    """Exit status 0 and one sentence on what was found equal: each loss, every parameter and buffer."""
+    """Status 0 and one sentence on what was found equal: losses, parameters and buffers."""
     assert short.ran.status == 0
     assert "are equal to the last bit" in short.ran.out
     assert "each of 30 steps, and all 38 parameters and buffers" in short.ran.out
@@ -131,14 +131,14 @@ def test_same_seed_same_output(short: Short, tmp_path: Path) -> None:
 
 
 def test_other_seed_other_output(short: Short, tmp_path: Path) -> None:
-    """Twin: the seed reaches the weights, so that the comparison above can fail; the promise holds here too."""
+    """Twin: the seed reaches the weights, so the comparison above can fail."""
     other = run(tmp_path, seed=1)
     assert other.status == 0
     assert other.without_times() != short.ran.without_times()
 
 
 def test_leaves_the_process_as_it_was(short: Short) -> None:
-    """Threads, random numbers, flags, process-wide hooks and matplotlib's settings are untouched."""
+    """Threads, random numbers, flags, process-wide hooks, matplotlib's settings: untouched."""
     assert short.after == short.before
 
 
@@ -169,7 +169,7 @@ def test_leaves_the_process_as_it_was_can_fail(change: Callable[[], Any], notice
 def test_a_λ_that_is_slightly_off_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twin of the equality: λ larger by a hundred-thousandth in (d) alone makes the exit status 1."""
+    """Twin of the equality: λ larger by a hundred-thousandth in (d) alone makes the status 1."""
     attach = wdhook.attach
     monkeypatch.setattr(wdhook, "attach", lambda model, λ: attach(model, λ * 1.00001))
     ran = run(tmp_path, epochs=1)
@@ -203,14 +203,14 @@ TINY = torch.finfo(torch.float32).tiny
     ids=["a loss", "a weight", "a buffer", "not a number"],
 )
 def test_one_bit_is_a_difference(other: _demo.Run, words: list[str]) -> None:
-    """One number that differs by the smallest amount, anywhere, is found and named; equal runs are equal."""
+    """The smallest difference in one number, anywhere, is found and named; equal runs are equal."""
     assert _demo._differences(_run(), _run()) == []
     assert _demo._differences(_run(), other) == words
     assert _demo._differences(other, _run()) == words
 
 
 def test_groups_by_hand_hold_every_parameter_once() -> None:
-    """The reference leaves no parameter out and none in twice, and decays what has more than one dimension."""
+    """The reference has every parameter once, and decays the ones with more than one dimension."""
     model = _demo._model(0)
     decayed, rest = (group["params"] for group in _demo._by_hand(model))
     assert sorted(map(id, [*decayed, *rest])) == sorted(map(id, model.parameters()))
@@ -219,7 +219,7 @@ def test_groups_by_hand_hold_every_parameter_once() -> None:
 
 
 def test_plot_shows_every_line_in_every_panel() -> None:
-    """A panel for each quantity, a distinct style for each line, axes with labels that begin at zero."""
+    """A panel for each quantity, a distinct style for each line, labelled axes from zero."""
     history = {f"line {i}": {"one": [1.0, 2.0], "two": [3.0, 2.0 + i]} for i in range(4)}
     figure = plot.norms(history)
     assert [ax.get_title() for ax in figure.axes] == ["one", "two"]

@@ -1,4 +1,4 @@
-"""`python -m wdhook doctor`: each thing that it finds, found in a training that has it and in none that has not."""
+"""`python -m wdhook doctor`: each finding comes in a training that has the fault, and no other."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def healthy() -> Any:
 
 @pytest.fixture
 def doctor(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Any]]:
-    """Runs the command on a function; gives the parsed JSON, after the exit status was checked against it."""
+    """Runs the command on a function, checks the exit status, and gives the parsed JSON."""
     module = types.ModuleType("its_training")
     sys.modules["its_training"] = module
 
@@ -70,7 +70,7 @@ def names(found: Any, kind: str) -> list[str]:
     return parameters
 
 
-# -- healthy ----------------------------------------------------------------------------------------------------
+# -- healthy ---------------------------------------------------------------------------------------
 
 
 def trains_by_itself() -> Any:
@@ -146,7 +146,7 @@ def is_frozen() -> Any:
 def test_nothing_is_found_where_nothing_is_wrong(
     make: Make, mode: str, doctor: Callable[..., Any]
 ) -> None:
-    """A loss, a whole loop, accumulation, a closure, a scaler that skips steps, two optimizers: all are right."""
+    """A loss, a loop, accumulation, a closure, a scaler that skips, two optimizers: healthy."""
     found = doctor(make, "--mode", mode, "--at", "step")
     assert kinds(found) == []
     assert found["steps"] == len(found["optimizers"])
@@ -213,11 +213,11 @@ def test_the_inputs_make_a_loss(doctor: Callable[..., Any]) -> None:
     assert names(found, "no-gradient") == ["unused.weight", "unused.bias"]
 
 
-# -- findings ---------------------------------------------------------------------------------------------------
+# -- findings --------------------------------------------------------------------------------------
 
 
 def test_double_decay_and_decay_of_what_is_exempt(doctor: Callable[..., Any]) -> None:
-    """AdamW as most people construct it: its weights decayed twice, its biases and norms decayed at all."""
+    """AdamW as commonly constructed: weights decayed twice, biases and norms decayed at all."""
     net = model()
     found = doctor(lambda: (net, AdamW(net.parameters()), lambda: loss(net)))
     assert kinds(found) == [("error", "double-decay"), ("warning", "exempt-decayed")]
@@ -283,7 +283,7 @@ def test_an_optimizer_of_a_copy(doctor: Callable[..., Any]) -> None:
 
 
 def test_decay_that_rounds_away(doctor: Callable[..., Any]) -> None:
-    """bfloat16 parameters whose decay is below their precision; every one of them is named, and float32 is not."""
+    """bfloat16 parameters with decay below their precision are all named; float32 ones are not."""
 
     def make() -> Any:
         net = model(torch.bfloat16)
@@ -384,7 +384,7 @@ def keeps_copies() -> Any:
 
 @pytest.mark.parametrize("make", [steps_copies, keeps_copies], ids=lambda make: make.__name__)
 def test_master_weights(make: Make, doctor: Callable[..., Any]) -> None:
-    """Copies that are written back: no obstacle for a decay in the gradient, an error where parameters are shrunk."""
+    """Copies written back: harmless for decay in the gradient, an error for a shrinkage."""
     found = [pair for pair in kinds(doctor(make)) if pair[1] != "rounds-away"]
     assert found == [("note", "master-weights")]
     wrong = doctor(make, "--mode", "decoupled", "--at", "step", "--weight-decay", "100")
@@ -415,7 +415,7 @@ def test_a_scaler_that_was_not_given(doctor: Callable[..., Any]) -> None:
 
 
 def test_an_optimizer_that_hides_its_steps(doctor: Callable[..., Any]) -> None:
-    """Steps that cannot be heard are an error at the step and a note in the backward; one that never came is told."""
+    """Steps without notice: an error at the step, a note in the backward; so a missing step."""
 
     class Hidden:
         def __init__(self, params: Any) -> None:
@@ -447,7 +447,7 @@ def test_an_optimizer_that_hides_its_steps(doctor: Callable[..., Any]) -> None:
 
 
 def test_an_error_of_the_engine_hides_nothing_else(doctor: Callable[..., Any]) -> None:
-    """After an error in the step the loop goes on without the decay: the second optimizer is reached."""
+    """After an error in the step the loop continues without decay, to the second optimizer."""
 
     def make() -> Any:
         net = model()
@@ -483,7 +483,7 @@ def test_other_warnings_of_wdhook_are_findings(doctor: Callable[..., Any]) -> No
     assert [str(w.message) for w in caught] == ["of the user"]
 
 
-# -- what cannot be examined ------------------------------------------------------------------------------------
+# -- what cannot be examined -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

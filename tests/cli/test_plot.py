@@ -1,4 +1,4 @@
-"""Pictures: what is drawn is what the data say. How they look was looked at; here their parts are measured."""
+"""Pictures show what the data say: their parts are measured here, their looks were looked at."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ def png(figure: Any) -> bytes:
     return stream.getvalue()
 
 
-# -- plans ------------------------------------------------------------------------------------------------------
+# -- plans -----------------------------------------------------------------------------------------
 
 
 def test_the_area_is_the_number_of_elements() -> None:
-    """Squares that are larger than a dot have areas that stand to each other as the elements do; the rest are dots."""
+    """Squares larger than a dot have areas in the ratio of the elements; the rest are dots."""
     plan = wdhook.plan(nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 10), nn.Linear(10, 2)), 0.1)
     drawn = sorted(squares(plot.plan(plan)))
     weights = [(side, share) for x, y, side, share in drawn if y == min(y for _, y, _, _ in drawn)]
     largest = weights[0][0]
-    # The side is a root of a product of floats; sums of positions of a few inches leave 1e-15 of them.
+    # The side is a root of a product of floats; sums of positions of a few inches leave 1e-15.
     for (side, share), numel in zip(weights, (1600, 400, 20), strict=True):
         assert side == pytest.approx(largest * math.sqrt(numel / 1600), abs=1e-12)
         assert share == pytest.approx(1.0, abs=1e-12)
@@ -93,7 +93,7 @@ def test_full_is_decayed_and_empty_is_exempt() -> None:
 
 
 def test_columns_follow_the_model() -> None:
-    """Each block is a column, in the order of the model; too many blocks are joined, and every parameter is in one."""
+    """Each block is a column, in model order; too many are joined; each parameter is in one."""
     few = parts(list(wdhook.plan(blocks(5), 0.1).values()))
     assert [part.label for part in few] == [
         "stem",
@@ -113,7 +113,7 @@ def test_columns_follow_the_model() -> None:
 
 
 def test_names_without_numbers_are_joined_too() -> None:
-    """A model with a thousand parameters of its own, and none in blocks, has no more columns than others."""
+    """A model with a thousand parameters, none in blocks, has no more columns than others."""
     flat = nn.ParameterDict(
         {f"p{chr(97 + i % 26)}{i // 26 * 'x'}": nn.Parameter(torch.ones(2, 2)) for i in range(300)}
     )
@@ -143,7 +143,7 @@ def test_everything_is_inside_the_picture(count: int) -> None:
 
 
 def test_the_text_says_how_much() -> None:
-    """The heading is that of the table; each role has its totals; the key has a square to compare with."""
+    """The heading is the table's; each role has its totals; the key has a square to compare."""
     plan = wdhook.plan(blocks(3), 0.1)
     found = texts(plot.plan(plan))
     assert found[0] == str(plan).partition("\n")[0]
@@ -166,7 +166,7 @@ def test_lazy_and_scalar_parameters() -> None:
     assert png(plot.plan(dict(plan))).startswith(b"\x89PNG")
 
 
-# -- norms ------------------------------------------------------------------------------------------------------
+# -- norms -----------------------------------------------------------------------------------------
 
 
 class Snapshot:
@@ -209,7 +209,7 @@ def test_histories_are_drawn_by_training() -> None:
 
 
 def test_snapshots_are_drawn_by_group() -> None:
-    """A list of snapshots or of their dicts: a panel for each group, at the steps they were taken."""
+    """A list of snapshots or of their dicts: a panel for each group, at the steps taken."""
     snapshots = [Snapshot(0, weight=4.0, bias=1.0), Snapshot(50, weight=2.0, bias=1.5)]
     figure = plot.norms(snapshots)
     points = {title: list(lines.values()) for title, lines in drawn(figure).items()}
@@ -220,7 +220,7 @@ def test_snapshots_are_drawn_by_group() -> None:
 
 
 def test_a_group_that_comes_later_has_a_line_from_there() -> None:
-    """An adapter that was added in training begins where it was added; a training without it is in the legend."""
+    """An adapter that training adds begins where it was added; one without it is in the legend."""
     one = [
         Snapshot(0, weight=4.0),
         Snapshot(10, weight=3.0, scale=1.0),
@@ -270,11 +270,11 @@ def test_nothing_to_draw(nothing: Any) -> None:
         plot.norms(nothing)
 
 
-# -- both -------------------------------------------------------------------------------------------------------
+# -- both ------------------------------------------------------------------------------------------
 
 
 def test_no_trace_in_the_process(tmp_path: Path) -> None:
-    """Neither picture touches pyplot or the settings of matplotlib; the same data give the same bytes."""
+    """No picture touches pyplot or matplotlib's settings; equal data give equal bytes."""
     import sys
 
     before = {key: matplotlib.rcParams._get(key) for key in matplotlib.rcParams}

@@ -1,4 +1,4 @@
-"""The pages: every public name is on them, nothing else is, every link arrives, every page can be found."""
+"""The pages have every public name and no other, every link arrives, every page can be found."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _is_function_of(module: ModuleType, name: str, thing: object) -> bool:
     )
 
 
-# -- names ------------------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 
 def test_the_page_of_names_has_every_public_name_once_and_no_other() -> None:
@@ -73,7 +73,7 @@ def test_the_page_of_names_has_every_public_name_once_and_no_other() -> None:
 
 
 def test_the_public_names_are_seen() -> None:
-    """The check above is not blind: it knows names of each face, and private ones are not among them."""
+    """Twin of the check above: it knows names of each face, and no private ones are among them."""
     names = public_names()
     assert {
         "wdhook.attach",
@@ -98,7 +98,7 @@ def classes() -> list[type]:
 
 
 def undocumented(owner: type) -> list[str]:
-    """Public members that the class defines itself and that autodoc would leave out, having nothing to say."""
+    """Public members that a class defines itself and autodoc leaves out: no docstring."""
     told = inspect.getdoc(owner) or ""
     return [
         name
@@ -111,7 +111,7 @@ def undocumented(owner: type) -> list[str]:
 
 @pytest.mark.parametrize("owner", classes(), ids=lambda owner: owner.__name__)
 def test_every_member_is_documented(owner: type) -> None:
-    """Methods, properties and fields of public classes have a docstring, or a line under Attributes."""
+    """Methods, properties and fields of public classes have a docstring or an attribute line."""
     assert undocumented(owner) == []
 
 
@@ -162,14 +162,14 @@ def test_errors_under_raises_exist() -> None:
 
 
 def test_every_error_is_explained_to_users() -> None:
-    """Each error and the warning is on a page that says when it comes, not only on the page of names."""
+    """Each error and the warning is on a page that says when it comes, beside the page of names."""
     pages = "".join(page.read_text() for page in DOCS.glob("*.md") if page.name != "api.md")
     errors = {name for name in wdhook.__all__ if name.endswith(("Error", "Warning"))}
     silent = {name for name in errors if f"`{name}`" not in pages}
     assert silent == {"WdhookError"}  # the base, which nobody raises by itself
 
 
-# -- what the pages say exists -----------------------------------------------------------------------------------
+# -- what the pages say exists ---------------------------------------------------------------------
 
 
 def unknown(text: str) -> set[str]:
@@ -211,11 +211,14 @@ def test_pages_name_only_what_exists(page: Path) -> None:
 
 def test_a_name_that_does_not_exist_is_seen() -> None:
     """The check above can fail."""
-    text = "`wdhook.attach(model)`, `wdhook.atach`, decay.remove(), decay.restart(), wdhook.Plan.diff, wdhook.Plan.dif"
+    text = (
+        "`wdhook.attach(model)`, `wdhook.atach`, decay.remove(), decay.restart(), "
+        "wdhook.Plan.diff, wdhook.Plan.dif"
+    )
     assert unknown(text) == {"wdhook.atach", "decay.restart", "wdhook.Plan.dif"}
 
 
-# -- links ------------------------------------------------------------------------------------------------------
+# -- links -----------------------------------------------------------------------------------------
 
 
 def anchors(text: str) -> set[str]:
@@ -251,7 +254,10 @@ def test_every_link_arrives(page: Path) -> None:
 
 def test_a_broken_link_is_seen() -> None:
     """The check above can fail, for files and for headings; code is no link."""
-    text = "# A `b` c\n[1](modes.md#which-moment) [2](modes.md#no) [3](no.md) [4](#a-b-c) [5](#b) `[6](x)`\n"
+    text = (
+        "# A `b` c\n"
+        "[1](modes.md#which-moment) [2](modes.md#no) [3](no.md) [4](#a-b-c) [5](#b) `[6](x)`\n"
+    )
     text += "```\n[7](y)\n```\n"
     assert broken(DOCS / "here.md", text) == ["modes.md#no", "no.md", "#b"]
 
@@ -270,7 +276,7 @@ def test_every_page_can_be_found() -> None:
 
 
 def test_every_room_has_its_place() -> None:
-    """The list of rooms in docs/how-it-works.md has each room once, below everything that it imports."""
+    """The rooms in docs/how-it-works.md: each once, below everything that it imports."""
     text = (DOCS / "how-it-works.md").read_text()
     listed = re.findall(r"`(\w+(?:\.py|/))`", text[text.index("| room | in → out |") :])
     place: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""docs/science.md: its numbers are those of the experiment, the experiment runs, and its formulas hold."""
+"""docs/science.md has the experiment's numbers, the experiment runs, and the formulas hold."""
 
 from __future__ import annotations
 
@@ -71,13 +71,17 @@ def test_the_numbers_of_the_page_are_those_that_were_measured() -> None:
         NUMBERS["equivalence"][name] for name in ("growth", "same", "no_schedule")
     )
     assert rows("relative to the largest\nlogit") == [
-        [f"no decay, lr grows {growth:.2f}-fold", f"{same['logits']:.1e}", f"{same['weights']:.2f}"],
+        [
+            f"no decay, lr grows {growth:.2f}-fold",
+            f"{same['logits']:.1e}",
+            f"{same['weights']:.2f}",
+        ],
         ["no decay, lr constant", f"{other['logits']:.2f}", f"{other['weights']:.2f}"],
     ]  # fmt: skip
 
 
 def test_the_conclusions_follow_from_the_numbers() -> None:
-    """What the page says in bold: only decaying nothing differs from decaying the weights, and it is worse."""
+    """The page's bold claim: only decaying nothing differs from decaying weights, for the worse."""
     arms = {name: arm for name, arm in NUMBERS["roles"]["arms"].items() if name != "weights"}
     assert [name for name, arm in arms.items() if abs(arm["difference"]) > arm["interval"]] == [
         "nothing"
@@ -93,7 +97,7 @@ def test_the_conclusions_follow_from_the_numbers() -> None:
 
 @pytest.mark.parametrize("λ", [0.0, 0.3])
 def test_pythagoras(λ: float) -> None:
-    """‖w′‖² = (1 − lr·λ)²·‖w‖² + lr²·‖g‖² for a weight that a normalization follows, and not for one without."""
+    """‖w′‖² = (1 − lr·λ)²·‖w‖² + lr²·‖g‖² for a weight before a normalization, and for no other."""
     torch.manual_seed(0)
     x, lr = torch.randn(16, 4, dtype=torch.float64), 0.5
     for normalized in (True, False):

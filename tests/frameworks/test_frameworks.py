@@ -1,4 +1,4 @@
-"""docs/frameworks.md: every block runs, and ends where the same block does with the optimizer's own decay."""
+"""docs/frameworks.md: every block runs, and ends as it does with the optimizer's own decay."""
 
 from __future__ import annotations
 

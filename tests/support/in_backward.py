@@ -59,7 +59,7 @@ def torchtune(kind: Any, **arguments: Any) -> Install:
 
 
 def galore_layerwise(model: nn.Module, weight_decay: float) -> Running:
-    """Low rank for the matrices, a schedule for each, and the dummy that the Trainer of transformers steps."""
+    """Low rank for the matrices, a schedule for each, and transformers' dummy optimizer."""
     kind = pytest.importorskip("galore_torch", reason="GaLore").GaLoreAdamW
     dummy = pytest.importorskip("transformers.trainer_pt_utils").LayerWiseDummyOptimizer(lr=LR)
     low_rank = {"rank": 2, "update_proj_gap": 2, "scale": 0.25, "proj_type": "std"}
