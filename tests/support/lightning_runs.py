@@ -16,7 +16,7 @@ from twins import LR, batches, loss_of, weights, λ
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the framework's imports
-    pl = pytest.importorskip("lightning.pytorch", reason="needs Lightning")
+    pl: Any = pytest.importorskip("lightning.pytorch", reason="needs Lightning")
     from lightning.pytorch.plugins.environments import LightningEnvironment
     from lightning.pytorch.strategies import DDPStrategy
 

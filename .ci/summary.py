@@ -1,0 +1,50 @@
+"""Summarises a full run: the parts with their seconds, and the tests that no part has run.
+
+    python3 .ci/summary.py FOLDER PART ...
+
+FOLDER holds `results`, with a line "part status seconds" for each part, and the JUnit reports of
+the parts that run tests. The exit status is 1 if a part failed, or has no line.
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+
+def main(folder: Path, expected: list[str]) -> int:
+    rows = [line.split() for line in (folder / "results").read_text().splitlines()]
+    parts = {part: (int(status), int(seconds)) for part, status, seconds in rows}
+    print("seconds:", ", ".join(f"{part} {seconds}" for part, (_, seconds) in parts.items()))
+    for part in parts:
+        log = (folder / f"{part}.log").read_text()
+        for line in log.splitlines():
+            if line.startswith("skipped: the index"):
+                print(f"{part}: {line}")
+    counts = never_run(sorted(folder.glob("*.xml")))
+    if counts:
+        print(f"{sum(counts.values())} tests ran in no part:")
+        for reason, count in counts.most_common():
+            print(f"{count:5}  {reason}")
+    failed = [part for part in expected if part not in parts or parts[part][0] != 0]
+    print(f"FAILED: {', '.join(failed)}" if failed else f"passed: {', '.join(parts)}")
+    return 1 if failed else 0
+
+
+def never_run(reports: list[Path]) -> Counter[str]:
+    """Reason → number of the tests that every report skips."""
+    ran: set[tuple[str, str]] = set()
+    reasons: dict[tuple[str, str], str] = {}
+    for report in reports:
+        for case in ElementTree.parse(report).iter("testcase"):
+            key = (case.get("classname", ""), case.get("name", ""))
+            skipped = case.find("skipped")
+            if skipped is None or skipped.get("type") == "pytest.xfail":
+                ran.add(key)
+            else:
+                reasons[key] = skipped.get("message", "")
+    return Counter(reason for key, reason in reasons.items() if key not in ran)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
