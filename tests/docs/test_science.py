@@ -115,6 +115,7 @@ def test_pythagoras(λ: float) -> None:
         assert (abs(linear.weight.norm().item() ** 2 / expected - 1) < 1e-13) is normalized
 
 
+@pytest.mark.slow
 def test_the_experiment_runs(tmp_path: Path) -> None:
     """The page's command works, and writes what the page is made from."""
     pytest.importorskip("sklearn", reason="needs scikit-learn")

@@ -60,7 +60,7 @@ def skips(reasons: Iterable[str]) -> Iterator[str]:
     if absent:
         yield (
             f"skipped: {absent} tests of packages that are not installed "
-            f"({', '.join(sorted(packages))}); `.ci/run others` installs them"
+            f"({', '.join(sorted(packages))}); `.ci/run others` has most of them"
         )
     if others:
         counts = (f"{count} ({reason})" for reason, count in others.most_common())
