@@ -2,8 +2,9 @@
 
     python3 .ci/summary.py FOLDER PART ...
 
-FOLDER holds `results`, with a line "part status seconds" for each part, and the JUnit reports of
-the parts that run tests. The exit status is 1 if a part failed, or has no line.
+FOLDER holds `results`, with a line "part status seconds user system" for each part, its log, and
+the JUnit reports of the parts that run tests. The exit status is 1 if a part failed, or has no
+line.
 """
 
 import sys
@@ -14,11 +15,12 @@ from xml.etree import ElementTree
 
 def main(folder: Path, expected: list[str]) -> int:
     rows = [line.split() for line in (folder / "results").read_text().splitlines()]
-    parts = {part: (int(status), int(seconds)) for part, status, seconds in rows}
-    print("seconds:", ", ".join(f"{part} {seconds}" for part, (_, seconds) in parts.items()))
-    for part in parts:
-        log = (folder / f"{part}.log").read_text()
-        for line in log.splitlines():
+    statuses = {part: int(status) for part, status, *_ in rows}
+    print("\npart     seconds  CPU seconds")
+    for part, _, seconds, user, system in rows:
+        print(f"{part:8} {seconds:>7}  {float(user) + float(system):11.0f}")
+    for part in statuses:
+        for line in (folder / f"{part}.log").read_text().splitlines():
             if line.startswith("skipped: the index"):
                 print(f"{part}: {line}")
     counts = never_run(sorted(folder.glob("*.xml")))
@@ -26,8 +28,8 @@ def main(folder: Path, expected: list[str]) -> int:
         print(f"{sum(counts.values())} tests ran in no part:")
         for reason, count in counts.most_common():
             print(f"{count:5}  {reason}")
-    failed = [part for part in expected if part not in parts or parts[part][0] != 0]
-    print(f"FAILED: {', '.join(failed)}" if failed else f"passed: {', '.join(parts)}")
+    failed = [part for part in expected if statuses.get(part) != 0]
+    print(f"FAILED: {', '.join(failed)}" if failed else f"passed: {', '.join(statuses)}")
     return 1 if failed else 0
 
 

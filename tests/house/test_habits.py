@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -35,8 +36,14 @@ def test_slow_tests_are_known_by_room_and_by_fixture() -> None:
 def collected(*arguments: str) -> str:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     path = "tests/distributed/test_ddp.py"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     done = subprocess.run(
-        [*command, *arguments, path], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, *arguments, path],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done.stdout
 
@@ -127,18 +134,18 @@ def test_the_summary_of_a_full_run(tmp_path: Path) -> None:
     """Status 0 if every part passed, with seconds, and the tests that every part has skipped."""
     (tmp_path / "fast.xml").write_text(REPORT.format(name="never", why="needs CUDA"))
     (tmp_path / "slow.xml").write_text(REPORT.format(name="never", why="needs CUDA"))
-    status, said = summary(tmp_path, "fast 0 7\nslow 0 12\n")
+    status, said = summary(tmp_path, "fast 0 7 5.0 1.4\nslow 0 12 9 1\n")
     assert status == 0
-    assert "fast 7, slow 12" in said
+    assert re.search(r"fast +7 +6\nslow +12 +10\n", said)
     assert "1 tests ran in no part:\n    1  needs CUDA\n" in said
     (tmp_path / "slow.xml").write_text(REPORT.format(name="ran", why="elsewhere"))
     (tmp_path / "fast.xml").write_text(
         REPORT.format(name="other", why="needs CUDA").replace('name="ran"', 'name="never"')
     )
-    assert "1  needs CUDA" in summary(tmp_path, "fast 0 7\nslow 0 12\n")[1]
+    assert "1  needs CUDA" in summary(tmp_path, "fast 0 7 5 1\nslow 0 12 9 1\n")[1]
 
 
-@pytest.mark.parametrize("results", ["fast 0 7\nslow 1 12\n", "fast 0 7\n"])
+@pytest.mark.parametrize("results", ["fast 0 7 5 1\nslow 1 12 9 1\n", "fast 0 7 5 1\n"])
 def test_a_part_that_failed_or_is_missing_fails_the_run(results: str, tmp_path: Path) -> None:
     """Status 1 with the name of the part, if it failed and if nothing is known of it."""
     status, said = summary(tmp_path, results)
