@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,45 @@ def test_an_unknown_part_is_an_error() -> None:
     assert done.stdout == ""
     assert "unknown" in done.stderr
     assert set(re.findall(r"\w+", done.stderr)) >= PARTS
+
+
+def full_run(folder: Path, **bodies: str) -> subprocess.CompletedProcess[str]:
+    """A full run of a copy of `.ci/run`, in which the parts do what `bodies` says, or nothing."""
+    (folder / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "summary.py", folder / ".ci")
+    stubs = [f"part_{part}() {{ {bodies.get(part, 'echo well')}; }}\n" for part in sorted(PARTS)]
+    start = "if (($# == 0)); then"
+    assert RUN.count(start) == 1
+    run = folder / ".ci" / "run"
+    run.write_text(RUN.replace(start, "".join(stubs) + start))
+    return subprocess.run(["bash", str(run)], capture_output=True, text=True, check=False)
+
+
+def test_a_full_run_in_which_all_is_well(tmp_path: Path) -> None:
+    """Status 0, and every part has its line."""
+    done = full_run(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in PARTS - {"newest"}:
+        assert re.search(rf"^=== {part} +passed, \d+ s: well$", done.stdout, re.MULTILINE)
+    assert "FAILED" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("part", "body"),
+    [
+        ("lint", "false; echo went on"),
+        ("others", "echo first | grep second; echo went on"),
+        ("wheel", "nothing=$(false); echo went on"),
+        ("oldest", "trap true EXIT; exit 3"),
+    ],
+)
+def test_a_full_run_in_which_a_part_fails(part: str, body: str, tmp_path: Path) -> None:
+    """Status 1 and its name; its commands end at the first that fails, the other parts run."""
+    done = full_run(tmp_path, **{part: body})
+    assert done.returncode == 1
+    assert f"FAILED: {part}\n" in done.stdout
+    assert "went on" not in done.stdout
+    assert done.stdout.count("passed, ") == len(PARTS) - 2  # without newest, and the one
 
 
 # -- a full run's summary --------------------------------------------------------------------------
