@@ -178,6 +178,9 @@ def test_the_summary_of_a_full_run(tmp_path: Path) -> None:
     assert status == 0
     assert re.search(r"fast +7 +6\nslow +12 +10\n", said)
     assert "1 tests ran in no part:\n    1  needs CUDA\n" in said
+    whole = '<testcase classname="" name="a"><skipped message="collection skipped"/></testcase>'
+    (tmp_path / "whole.xml").write_text(f"<testsuite>{whole}</testsuite>")
+    assert "collection skipped" not in summary(tmp_path, "fast 0 7 5 1\nslow 0 12 9 1\n")[1]
     (tmp_path / "slow.xml").write_text(REPORT.format(name="ran", why="elsewhere"))
     (tmp_path / "fast.xml").write_text(
         REPORT.format(name="other", why="needs CUDA").replace('name="ran"', 'name="never"')
