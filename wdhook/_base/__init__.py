@@ -1,4 +1,4 @@
-"""Holds what every room uses: errors, checks of arguments, rows of text, and the one door to private torch.
+"""Holds the common parts of all rooms: errors, checks of arguments, rows of text.
 
 It knows nothing of models, plans or optimizers, and imports no other room.
 """

@@ -7,15 +7,16 @@ structure of the owner, and last the shape, together with the first values.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .evidence import Shape, is_vectorlike, shape_of
-from .layers import by_family, by_name, by_shape, by_structure
+from .layers import by_family, by_name, by_shape, by_siblings, by_structure
 from .marks import (
     embedding_mark,
     is_flattened,
@@ -71,16 +72,17 @@ def classify_model(model: nn.Module) -> list[Classified]:
     listed = module_marks(unique, (place.name for place in every_place if not place.repeated))
     reader = _Reader({path: module for path, module, _ in visits})
     found: dict[int, Classified] = {}
-    for place in every_place:
+    read = [reader.read(place) for place in every_place]
+    reader.compare_kinds()
+    for place, first_verdict in zip(every_place, read, strict=True):
+        verdict = reader.settled(first_verdict)
+        verdict = _marked(verdict, place.parameter, listed.get(place.name))
         known = found.get(id(place.parameter))
-        if known is not None:
-            known.aliases.append(place.name)
-            if place.repeated:
-                continue
-        verdict = _marked(reader.read(place), place.parameter, listed.get(place.name))
         if known is None:
             found[id(place.parameter)] = Classified(place.name, place.parameter, verdict)
-        elif known.verdict.decayed and not verdict.decayed:
+            continue
+        known.aliases.append(place.name)
+        if known.verdict.decayed and not verdict.decayed:
             known.verdict = verdict
     if type(model).named_parameters is nn.Module.named_parameters:
         return list(found.values())
@@ -137,7 +139,8 @@ class _Reader:
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         self._modules = modules
-        self._known: dict[Hashable, Verdict] = {}
+        self._known: dict[_Kind, Verdict] = {}
+        self._settled: dict[int, Verdict] = {}  # by the identity of a verdict in `_known`
         self._with_role = kinds_with(("wdhook_role",), modules.values())
 
     def read(self, place: Place) -> Verdict:
@@ -177,29 +180,62 @@ class _Reader:
             marked = role_mark(owner, local, container)
             if marked is not None:
                 return Verdict(marked, f"marked wdhook_role in {class_name(owner)}")
-        shape = shape_of(parameter)
-        kind = _kind(owner, local, shape)
+        kind = _kind(owner, local, shape_of(parameter))
         known = self._known.get(kind)
         if known is None:
-            known = self._known[kind] = _read(owner, local, parameter, shape)
+            known = self._known[kind] = _read(owner, local, parameter, kind.shape)
         if known.role is Role.OTHER and known.guess:
             return by_structure(owner) or known
         return known
 
+    def compare_kinds(self) -> None:
+        """Settle guesses on vectors by matrices of the same name in modules of the same class.
 
-def _kind(owner: nn.Module, local: str, shape: Shape) -> Hashable:
-    """Everything that the verdict on a place depends on, but the marks and the structure."""
+        An attention with one head has a vector where its neighbours with more heads have a
+        matrix; both contract.
+        """
+        if not any(verdict.guess for verdict in self._known.values()):
+            return
+        matrices = set()
+        for kind, verdict in self._known.items():
+            if verdict.decayed and not is_vectorlike(kind.shape):
+                matrices.add((kind.owner, kind.local))
+        for kind, verdict in self._known.items():
+            if not verdict.guess or verdict.decayed or not is_vectorlike(kind.shape):
+                continue
+            if (kind.owner, kind.local) in matrices:
+                reason = f"a matrix elsewhere in a {kind.owner.__name__}"
+                self._settled[id(verdict)] = Verdict(Role.WEIGHT, reason, guess=True)
+
+    def settled(self, verdict: Verdict) -> Verdict:
+        """The verdict after `compare_kinds`."""
+        return self._settled.get(id(verdict), verdict)
+
+
+class _Kind(NamedTuple):
+    """Everything that the verdict on a place depends on, but marks and structure."""
+
+    owner: type[nn.Module]
+    scripted: str | None
+    local: str
+    shape: Shape
+    siblings: tuple[str, ...]
+    children: tuple[type, ...] | None
+
+
+def _kind(owner: nn.Module, local: str, shape: Shape) -> _Kind:
     scripted = class_name(owner) if isinstance(owner, torch.jit.ScriptModule) else None
     children = None
     if len(owner._modules):
         children = tuple(map(type, owner._modules.values()))
-    return type(owner), scripted, local, shape, tuple(owner._parameters.keys()), children
+    return _Kind(type(owner), scripted, local, shape, tuple(owner._parameters.keys()), children)
 
 
 def _read(owner: nn.Module, local: str, parameter: torch.Tensor, shape: Shape) -> Verdict:
     return (
         by_reparametrization(owner, local)
         or by_torch_type(owner, local)
+        or by_siblings(owner, local, shape)
         or by_family(owner, local, parameter, shape)
         or by_name(owner, local, parameter, shape)
         or by_shape(parameter, shape)

@@ -56,6 +56,26 @@ def family(owner: nn.Module) -> Family | None:
     return None
 
 
+# -------------------------------------------------------------------------- the sibling parameters
+
+
+def by_siblings(owner: nn.Module, local: str, shape: Shape) -> Verdict | None:
+    """Find the scale of an elementwise affine map: a matrix beside a bias of the same shape.
+
+    The bias of a layer that contracts is smaller than its weight.
+    """
+    if is_vectorlike(shape) or meaning_of(local) not in (Hint.MATRIX, Hint.GATE):
+        return None
+    if family(owner) is Family.NORM:
+        return None
+    for name, other in owner._parameters.items():
+        if other is None or shape_of(other) != shape:
+            continue
+        if meaning_of(name) is Role.BIAS:
+            return Verdict(Role.SCALE, f"of the same shape as {name!r}", guess=True)
+    return None
+
+
 # ---------------------------------------------------------------------------------- the class name
 
 
@@ -91,13 +111,18 @@ def _in_a_scale(owner: nn.Module, local: str, shape: Shape, reason: str) -> Verd
         return Verdict(Role.SCALE, reason)
     if names_a_matrix_layer(class_name(owner)) or has_weighted_children(owner):
         return None
-    if meaning_of(local) in (Hint.MATRIX, None):
+    if meaning_of(local) in (Hint.MATRIX, None) and not is_capital(local):
         return Verdict(Role.SCALE, reason, guess=True)
     return None
 
 
+def is_capital(local: str) -> bool:
+    """True for a capital letter, which names a matrix by custom."""
+    return re.fullmatch(r"[A-Z]\d*", local) is not None
+
+
 def _in_an_embedding(owner: nn.Module, local: str, shape: Shape, reason: str) -> Verdict | None:
-    """A `weight` is the table, and so is an only parameter that is a true matrix and no position."""
+    """A `weight` is the table, and so is an only parameter that is a matrix and no position."""
     if names_positions(class_name(owner)) and re.match("weight|table|embed", local):
         return Verdict(Role.POSITION, reason, guess=not is_vectorlike(shape))
     if _PLAIN_WEIGHT.fullmatch(local):
@@ -125,7 +150,7 @@ def _in_a_weight_layer(
 
 
 def by_name(owner: nn.Module, local: str, parameter: torch.Tensor, shape: Shape) -> Verdict | None:
-    """Decide by the local name, together with the shape and the first values where it needs them."""
+    """Decide by the local name, where it must together with the shape and the first values."""
     meaning, reason = meaning_of(local), f"named {local!r}"
     if meaning is None or meaning is Hint.SHAPE:
         return _one_letter_in_attention(owner, local, shape, reason)

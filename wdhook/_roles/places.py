@@ -32,25 +32,30 @@ def walk(model: nn.Module) -> list[tuple[str, nn.Module, bool]]:
         not entered again.
     """
     visits: list[tuple[str, nn.Module, bool]] = []
-    seen: set[int] = set()
-    around: set[int] = set()
-
-    def enter(path: str, module: nn.Module) -> None:
-        key = id(module)
-        visits.append((path, module, key in seen))
-        seen.add(key)
-        children = module._modules
-        if not len(children):
-            return
-        around.add(key)
-        prefix = f"{path}." if path else ""
-        for name, child in children.items():
-            if child is not None and id(child) not in around:
-                enter(prefix + name, child)
-        around.discard(key)
-
-    enter("", model)
+    _enter("", model, visits, set(), set())
     return visits
+
+
+def _enter(
+    path: str,
+    module: nn.Module,
+    visits: list[tuple[str, nn.Module, bool]],
+    seen: set[int],
+    around: set[int],
+) -> None:
+    """Append a module and all in it to `visits`; `around` has the identities of its parents."""
+    key = id(module)
+    visits.append((path, module, key in seen))
+    seen.add(key)
+    children = module._modules
+    if not len(children):
+        return
+    around.add(key)
+    prefix = f"{path}." if path else ""
+    for name, child in children.items():
+        if child is not None and id(child) not in around:
+            _enter(prefix + name, child, visits, seen, around)
+    around.discard(key)
 
 
 def places(visits: list[tuple[str, nn.Module, bool]]) -> Iterator[Place]:

@@ -1,4 +1,4 @@
-"""Reads the type of an owner: torch's own layers, their subclasses, and torch's reparametrizations."""
+"""Reads the type of an owner: torch's layers, their subclasses, torch's reparametrizations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _BIAS_NAME = re.compile(
 
 
 def class_name(owner: nn.Module) -> str:
-    """The class name as written: scripting keeps it aside, and FSDP2 puts a class in front of it."""
+    """The class name as written: scripting keeps it aside, FSDP2 puts a class in front."""
     if isinstance(owner, torch.jit.ScriptModule):
         return str(owner.original_name)
     names = [base.__name__ for base in type(owner).__mro__]

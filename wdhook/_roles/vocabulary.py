@@ -60,12 +60,12 @@ _CLASS_NICKNAME = re.compile(
 
 _CLASS_WORD = re.compile(
     r"(?P<NORM>norm$)"
-    r"|(?P<SCALE>^(?:scale|rescale|layerscale|snake|snakebeta|prelu|affine)$)"
+    r"|(?P<SCALE>^(?:scale|rescale|layerscale|snake|snakebeta|prelu|affine|periodic)$)"
     r"|(?P<EMBEDDING>^embed|embeddings?$|^lookup$)"
     r"|(?P<WEIGHT>(?:linear|conv|dense|projection|projector|router|head)$"
     r"|^(?:proj|experts?|lora|mlp)$)"
     r"|(?P<COMPOSITE>(?:attention|attn|block|model|network|encoder|decoder|transformer|stem|ffn"
-    r"|mixer|layers?|net)$)"
+    r"|mixer|net)$)"
 )
 
 _POSITION_CLASS = frozenset({"pos", "position", "positional", "positions", "relative", "cls"})
@@ -78,16 +78,19 @@ def family_of(class_name: str) -> Family | None:
     nickname = _CLASS_NICKNAME.search(class_name)
     if nickname is not None:
         return Family[str(nickname.lastgroup)]
+    is_layer = False
     for word in reversed(words_of(class_name)):
-        found = _CLASS_WORD.search(word)
-        if found is None:
+        if word in ("layer", "layers"):
+            is_layer = True  # a BatchNormLayer is a norm, a GPTNeoXLayer a composite
             continue
-        return Family[str(found.lastgroup)]
-    return None
+        found = _CLASS_WORD.search(word)
+        if found is not None:
+            return Family[str(found.lastgroup)]
+    return Family.COMPOSITE if is_layer else None
 
 
 def names_positions(class_name: str) -> bool:
-    """True where a class name speaks of positions or class tokens, as `PositionalEmbedding` does."""
+    """True where a class name speaks of positions or class tokens: `PositionalEmbedding`."""
     return not _POSITION_CLASS.isdisjoint(words_of(class_name))
 
 
@@ -130,13 +133,13 @@ _NOUNS = _dictionary(
     SCALE="scale scales scaling gamma gammas gain gains alpha alphas temperature temperatures temp "
     "lambda lambdas tau ls layerscale skipscale multiplier slope slopes magnitude modulation width "
     "widths height heights lengthscale outputscale bandwidth bandwidths timescale timescales "
-    "precision amplitude amplitudes variance variances derivatives",
+    "precision amplitude amplitudes variance variances derivatives affine",
     NORM="norm ln bn",
     EMBEDDING="codebook codebooks codevectors",
     POSITION="pos position positions positional rel relpos rpe ape rope rotary encoding enc embed "
     "embeds embedding embeddings emb posembed token tokens cls latent latents prompt prompts "
     "register registers newline separator sep sos bos eos probe anchor anchors pointer ptr null "
-    "pad padding point points knot knots",
+    "pad padding point points knot knots grid grids",
     PLACE="freq freqs frequencies query queries mem memory memories state states",
     OTHER="decay bound bounds",
     FIRM_WEIGHT="kernel kernels proj projs projection matrix qkv spectrum fn",
@@ -148,7 +151,9 @@ _NOUNS = _dictionary(
 
 # Words that speak only where no other does: not in `scale_shift_table`, nor in `rel_pos_w`, a
 # width, nor in `weight_mu`, the mean of a weight.
-_LATE_NOUNS = _dictionary(POSITION="table tables", MATRIX="w", BIAS="mu loc", SCALE="phase phases")
+_LATE_NOUNS = _dictionary(
+    POSITION="table tables", MATRIX="w", BIAS="mu loc constant", SCALE="phase phases"
+)
 
 # Of a name that is one letter: by custom b is added, and g, r and s multiply.
 _LETTERS = _dictionary(BIAS="b", SCALE="g r s")
@@ -156,17 +161,34 @@ _LETTERS = _dictionary(BIAS="b", SCALE="g r s")
 # Standard deviations, masks and diagonals are so wherever the word stands (`weight_log_sigma`,
 # `rho_kernel`, `_diag_weight`), unless a projection makes them.
 _SPREAD = frozenset(
-    "sigma sigmas rho std stddev var logvar logsigma logstd covar covariance diag diagonal mask "
-    "masks".split()
+    (
+        "sigma",
+        "sigmas",
+        "rho",
+        "std",
+        "stddev",
+        "var",
+        "logvar",
+        "logsigma",
+        "logstd",
+        "covar",
+        "covariance",
+        "diag",
+        "diagonal",
+        "mask",
+        "masks",
+    )
 )
-_PROJECTION = frozenset("proj projs projection fc linear net".split())
+_PROJECTION = frozenset(("proj", "projs", "projection", "fc", "linear", "net"))
 
 # A function of the parameter is used, not the parameter.
-_TRANSFORMED = frozenset("log raw unnormalized unconstrained inv inverse".split())
+_TRANSFORMED = frozenset(("log", "raw", "unnormalized", "unconstrained", "inv", "inverse"))
 
 # What a weight may be named after. `weight_query` is the weight of the query; `W_pos` is a table.
-_WEIGHT_FIRST = frozenset("weight weights w kernel kernels proj".split())
-_TRUE_POSITION = frozenset("pos position positions positional rel relpos rpe ape rope cls".split())
+_WEIGHT_FIRST = frozenset(("weight", "weights", "w", "kernel", "kernels", "proj"))
+_TRUE_POSITION = frozenset(
+    ("pos", "position", "positions", "positional", "rel", "relpos", "rpe", "ape", "rope", "cls")
+)
 
 # For words that are written as one (`qkvbias`).
 _STEM = re.compile(
@@ -182,7 +204,7 @@ _SPECIAL = re.compile(
     r"|^dt_\w*bias|^(?:log|inv)_dt|^log_(?:step|delta)$|^log_\w*decay"
     r"|time_(?:decay|first|faaaa|mix|maa)|^recurrent_param$"
     # The distribution of a variational Gaussian process.
-    r"|variational|^natural_(?:vec|mat)|(?:^|_)chol(?:esky)?(?![a-z]))"
+    r"|variational|^natural_|(?:^|_)chol(?:esky)?(?![a-z]))"
     r"|(?P<EMBEDDING>(?:word|vocab|token)s?_embed|embedding_table|^wte$)"
     # A relative position bias is a position; `pos_proj_weight` is not.
     r"|(?P<POSITION>(?:^|_)(?:rel|relative|pos|position|positional)_(?:\w*_)?"
@@ -231,9 +253,6 @@ def _stem(local: str) -> Meaning | None:
 
 
 def siblings_of(local: str) -> frozenset[str]:
-    """The names that make a `query` one of the three projections of an attention."""
-    if meaning_of(local) is not Hint.PLACE:
-        return frozenset()
-    return frozenset(
-        re.sub("quer(?:y|ies)", other, local) for other in ("key", "keys", "value", "values")
-    ) - {local}
+    """The names beside which a `query` is one of the three projections of an attention."""
+    others = ("key", "keys", "value", "values")
+    return frozenset(re.sub("quer(?:y|ies)", other, local) for other in others) - {local}
