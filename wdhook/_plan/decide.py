@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from .._base.errors import ArgumentError, NothingToDecayError
 from .._roles.classifier import classify_model
+from .._roles.evidence import has_shape
 from .._roles.marks import bare_name, is_flattened
 from .._roles.places import named_parameters, places, walk
 from .._roles.verdict import DECAYED_ROLES, Verdict
@@ -144,23 +144,28 @@ def _follow_roles(
         name, parameter = found.name, found.parameter
         verdict = found.verdict if audit is None else _traced(found.verdict, name, audit)
         follows = verdict.weight_decay is None and verdict.role in DECAYED_ROLES
-        shape: tuple[int, ...] = ()
-        if not is_lazy(parameter):
-            shape = tuple(parameter.shape)
-            shape = shapes.setdefault(shape, shape)
+        shape, numel = _size(parameter)
+        shape = shapes.setdefault(shape, shape)
         decisions[name] = Decision(
             name,
             verdict.role,
             weight_decay if follows else verdict.weight_decay or 0.0,
             verdict.reason,
             shape,
-            0 if is_lazy(parameter) else parameter.numel(),
+            numel,
             verdict.guess,
             follows,
             parameter.requires_grad,
-            tuple(found.aliases),
+            found.aliases,
         )
     return decisions
+
+
+def _size(parameter: torch.Tensor) -> tuple[tuple[int, ...], int]:
+    """Shape and number of elements; () and 0 for a lazy parameter."""
+    if not has_shape(parameter):
+        return (), 0
+    return tuple(parameter.shape), parameter.numel()
 
 
 def _traced(verdict: Verdict, name: str, audit: Audit) -> Verdict:

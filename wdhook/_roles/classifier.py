@@ -8,8 +8,8 @@ structure of the owner, and last the shape, together with the first values.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from .marks import (
     parameter_mark,
     role_mark,
 )
-from .places import Place, places, walk
+from .places import places, walk
 from .torch_types import by_reparametrization, by_torch_type, class_name
 from .verdict import DECAYED_ROLES, Verdict
 from .vocabulary import Role
@@ -44,7 +44,7 @@ class Classified:
     name: str
     parameter: torch.Tensor
     verdict: Verdict
-    aliases: list[str] = field(default_factory=list)
+    aliases: tuple[str, ...] = ()
     """Further names of a tied parameter."""
 
 
@@ -67,26 +67,41 @@ def classified(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Verdict]]:
 def classify_model(model: nn.Module) -> list[Classified]:
     """Decide the role of every parameter, see `classify`, and list the names of each."""
     visits = walk(model)
-    every_place = list(places(visits))
     unique = {path: module for path, module, repeated in visits if not repeated}
-    listed = module_marks(unique, (place.name for place in every_place if not place.repeated))
+    names = (place.name for place in places(visits) if not place.repeated)
+    listed = module_marks(unique, names)
     reader = _Reader({path: module for path, module, _ in visits})
-    found: dict[int, Classified] = {}
-    read = [reader.read(place) for place in every_place]
-    reader.compare_kinds()
-    for place, first_verdict in zip(every_place, read, strict=True):
-        verdict = reader.settled(first_verdict)
-        verdict = _marked(verdict, place.parameter, listed.get(place.name))
-        known = found.get(id(place.parameter))
-        if known is None:
-            found[id(place.parameter)] = Classified(place.name, place.parameter, verdict)
-            continue
-        known.aliases.append(place.name)
-        if known.verdict.decayed and not verdict.decayed:
-            known.verdict = verdict
+    found = _read_places(reader, visits, listed)
+    if reader.compare_kinds():
+        found = _read_places(reader, visits, listed)
     if type(model).named_parameters is nn.Module.named_parameters:
         return list(found.values())
     return _under_own_names(model, found)
+
+
+def _read_places(
+    reader: _Reader, visits: list[tuple[str, nn.Module, bool]], listed: dict[str, str]
+) -> dict[int, Classified]:
+    """The verdict on each parameter, by its identity; of several places the strictest wins."""
+    found: dict[int, Classified] = {}
+    for path, module, _ in visits:
+        if not len(module._parameters):
+            continue
+        seat = reader.seat(path, module)
+        prefix = f"{path}." if path else ""
+        for local, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name = prefix + local
+            verdict = _marked(reader.read(seat, local, parameter), parameter, listed.get(name))
+            known = found.get(id(parameter))
+            if known is None:
+                found[id(parameter)] = Classified(name, parameter, verdict)
+                continue
+            known.aliases += (name,)
+            if known.verdict.decayed and not verdict.decayed:
+                known.verdict = verdict
+    return found
 
 
 def _under_own_names(model: nn.Module, found: dict[int, Classified]) -> list[Classified]:
@@ -134,101 +149,97 @@ def _packed(parameter: torch.Tensor) -> Verdict | None:
 # ---------------------------------------------------------------------------------- other evidence
 
 
+class _Seat(NamedTuple):
+    """A module that holds parameters."""
+
+    path: str
+    module: nn.Module
+    kind: int
+
+
 class _Reader:
-    """Reads the places of one model, and each kind of place once."""
+    """Reads the modules of one model, and each kind of parameter once."""
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         self._modules = modules
-        self._known: dict[_Kind, Verdict] = {}
-        self._settled: dict[int, Verdict] = {}  # by the identity of a verdict in `_known`
+        self._owners: dict[tuple[Any, ...], int] = {}
+        self._known: dict[tuple[int, str, Shape], Verdict] = {}
         self._with_role = kinds_with(("wdhook_role",), modules.values())
 
-    def read(self, place: Place) -> Verdict:
-        """Decide by type, names, structure and shape, in this order."""
-        module = self._modules[place.path]
-        if isinstance(module, ParametrizationList):
-            return self._parametrized(place)
-        local = container = place.local
-        if isinstance(module, _PARAMETER_CONTAINERS):
-            module, local, container = self._holder(place)
-        return self._decide(module, local, container, place.parameter)
+    def seat(self, path: str, module: nn.Module) -> _Seat:
+        """The module with a number for its kind: its class, its parameters and its children."""
+        children = None
+        if len(module._modules):
+            children = tuple(map(type, module._modules.values()))
+        scripted = class_name(module) if isinstance(module, torch.jit.ScriptModule) else None
+        kind = type(module), scripted, tuple(module._parameters.keys()), children
+        return _Seat(path, module, self._owners.setdefault(kind, len(self._owners)))
 
-    def _holder(self, place: Place) -> tuple[nn.Module, str, str]:
-        """The module around a container, the entry's name (`lora_A_default`), the container's."""
-        path, local = place.path, place.local
-        name = local
+    def read(self, seat: _Seat, local: str, parameter: torch.Tensor) -> Verdict:
+        """Decide by type, names, structure and shape, in this order."""
+        if isinstance(seat.module, ParametrizationList):
+            return self._parametrized(seat, local, parameter)
+        if isinstance(seat.module, _PARAMETER_CONTAINERS):
+            return self._contained(seat, local, parameter)
+        return self._decide(seat, local, local, parameter)
+
+    def _contained(self, seat: _Seat, local: str, parameter: torch.Tensor) -> Verdict:
+        """Name an entry of a container after it (`lora_A_default`), and ask the module around."""
+        path, name = seat.path, local
         while path and isinstance(self._modules[path], _CONTAINERS):
             path, _, name = path.rpartition(".")
             local = name if local.isdigit() else f"{name}_{local}"
-        return self._modules[path], local, name
+        owner = self.seat(path, self._modules[path])
+        return self._decide(owner, local, name, parameter)
 
-    def _parametrized(self, place: Place) -> Verdict:
+    def _parametrized(self, seat: _Seat, local: str, parameter: torch.Tensor) -> Verdict:
         """`parametrizations.weight.original1` is the weight; a magnitude is a scale."""
-        home, _, tensor = place.path.rpartition("parametrizations.")
-        parts = self._modules[place.path].children()
-        kinds = "".join(type(part).__name__ for part in parts).lower()
-        is_magnitude = "weightnorm" in kinds or is_vectorlike(shape_of(place.parameter))
-        if place.local == "original0" and is_magnitude:
+        home, _, tensor = seat.path.rpartition("parametrizations.")
+        kinds = "".join(type(part).__name__ for part in seat.module.children()).lower()
+        is_magnitude = "weightnorm" in kinds or is_vectorlike(shape_of(parameter))
+        if local == "original0" and is_magnitude:
             return Verdict(Role.SCALE, "magnitude of a weight norm")
-        owner = self._modules[home.removesuffix(".")]
-        return self._decide(owner, tensor, tensor, place.parameter)
+        path = home.removesuffix(".")
+        return self._decide(self.seat(path, self._modules[path]), tensor, tensor, parameter)
 
-    def _decide(
-        self, owner: nn.Module, local: str, container: str, parameter: torch.Tensor
-    ) -> Verdict:
+    def _decide(self, seat: _Seat, local: str, container: str, parameter: torch.Tensor) -> Verdict:
+        owner = seat.module
         if type(owner) in self._with_role or "wdhook_role" in owner.__dict__:
             marked = role_mark(owner, local, container)
             if marked is not None:
                 return Verdict(marked, f"marked wdhook_role in {class_name(owner)}")
-        kind = _kind(owner, local, shape_of(parameter))
+        shape = shape_of(parameter)
+        kind = seat.kind, local, shape
         known = self._known.get(kind)
         if known is None:
-            known = self._known[kind] = _read(owner, local, parameter, kind.shape)
-        if known.role is Role.OTHER and known.guess:
+            known = self._known[kind] = _read(owner, local, parameter, shape)
+        if known.guess and known.role is Role.OTHER:
             return by_structure(owner) or known
         return known
 
-    def compare_kinds(self) -> None:
+    def compare_kinds(self) -> bool:
         """Settle guesses on vectors by matrices of the same name in modules of the same class.
 
         An attention with one head has a vector where its neighbours with more heads have a
         matrix; both contract.
+
+        Returns:
+            True where a guess was settled: reading again gives the new verdicts.
         """
-        if not any(verdict.guess for verdict in self._known.values()):
-            return
-        matrices = set()
+        classes = {number: kind[0] for kind, number in self._owners.items()}
+        open_kinds, matrices = [], set()
         for kind, verdict in self._known.items():
-            if verdict.decayed and not is_vectorlike(kind.shape):
-                matrices.add((kind.owner, kind.local))
-        for kind, verdict in self._known.items():
-            if not verdict.guess or verdict.decayed or not is_vectorlike(kind.shape):
-                continue
-            if (kind.owner, kind.local) in matrices:
-                reason = f"a matrix elsewhere in a {kind.owner.__name__}"
-                self._settled[id(verdict)] = Verdict(Role.WEIGHT, reason, guess=True)
-
-    def settled(self, verdict: Verdict) -> Verdict:
-        """The verdict after `compare_kinds`."""
-        return self._settled.get(id(verdict), verdict)
-
-
-class _Kind(NamedTuple):
-    """Everything that the verdict on a place depends on, but marks and structure."""
-
-    owner: type[nn.Module]
-    scripted: str | None
-    local: str
-    shape: Shape
-    siblings: tuple[str, ...]
-    children: tuple[type, ...] | None
-
-
-def _kind(owner: nn.Module, local: str, shape: Shape) -> _Kind:
-    scripted = class_name(owner) if isinstance(owner, torch.jit.ScriptModule) else None
-    children = None
-    if len(owner._modules):
-        children = tuple(map(type, owner._modules.values()))
-    return _Kind(type(owner), scripted, local, shape, tuple(owner._parameters.keys()), children)
+            owner, local, shape = kind
+            if not is_vectorlike(shape):
+                if verdict.decayed:
+                    matrices.add((classes[owner], local))
+            elif verdict.guess and not verdict.decayed:
+                open_kinds.append(kind)
+        settled = [kind for kind in open_kinds if (classes[kind[0]], kind[1]) in matrices]
+        for kind in settled:
+            reason = f"named {kind[1]!r}, a matrix in another {classes[kind[0]].__name__}"
+            self._known[kind] = Verdict(Role.WEIGHT, reason, guess=True)
+        return bool(settled)
 
 
 def _read(owner: nn.Module, local: str, parameter: torch.Tensor, shape: Shape) -> Verdict:

@@ -32,7 +32,12 @@ def shape_of(parameter: torch.Tensor) -> Shape:
     whole = getattr(parameter, "ds_shape", None)
     if whole is not None:
         return tuple(whole)
-    return None if is_lazy(parameter) else parameter.shape
+    return parameter.shape if has_shape(parameter) else None
+
+
+def has_shape(parameter: torch.Tensor) -> bool:
+    """False for a lazy parameter; most are of the plain type, which is the quicker question."""
+    return type(parameter) is nn.Parameter or not is_lazy(parameter)
 
 
 def dimensions(shape: tuple[int, ...]) -> int:

@@ -11,7 +11,6 @@ import bisect
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,11 +43,16 @@ def bare_name(name: str) -> str:
 
 
 def is_plain(parameter: torch.Tensor) -> bool:
-    """Whether nobody has marked the parameter: most are plain.
+    """True for an unmarked `nn.Parameter`, as most are.
 
-    Asked flag by flag: a look at its `__dict__` would make one, which stays.
+    The flags are asked for one by one: a look at its `__dict__` would make one, which stays.
     """
-    return type(parameter) is nn.Parameter and not any(map(partial(hasattr, parameter), _FLAGS))
+    if type(parameter) is not nn.Parameter:
+        return False
+    for flag in _FLAGS:
+        if hasattr(parameter, flag):
+            return False
+    return True
 
 
 def is_flattened(parameter: torch.Tensor) -> bool:
