@@ -1,4 +1,6 @@
-"""The rules of other projects: by hand on small models, and against the original function on real ones."""
+"""The rules of other projects: by hand on small models, and against the original function on real
+ones.
+"""
 
 from __future__ import annotations
 
@@ -174,14 +176,18 @@ def test_a_flag_is_no_list() -> None:
     ],
 )
 def test_names_of_huggingface(name: str, left: bool) -> None:
-    """A component that is "norm" or ends with "_norm", and "layernorm", "rmsnorm", "bias" anywhere, any case."""
+    """A component that is "norm" or ends with "_norm", and "layernorm", "rmsnorm", "bias" anywhere,
+    any case.
+    """
     assert exempt(nn.ModuleDict({name: Bag(matrix=(2, 2))}), "huggingface") == (
         set() if left else {f"{name}.matrix"}
     )
 
 
 def test_layer_norm_of_huggingface() -> None:
-    """What lies in a LayerNorm is exempt with its children, but the root itself is no layer of the model."""
+    """What lies in a LayerNorm is exempt with its children, but the root itself is no layer of the
+    model.
+    """
 
     class Conditional(nn.LayerNorm):
         """A sub-class with a child."""
@@ -210,7 +216,9 @@ def test_the_first_owner_decides_for_a_shared_parameter(
 
 
 def test_biases_of_fastai() -> None:
-    """Whatever some module calls `bias` is exempt, also where a first owner has another name for it."""
+    """Whatever some module calls `bias` is exempt, also where a first owner has another name for
+    it.
+    """
     shared = nn.Linear(2, 2)
     model = nn.ModuleDict({"first": Bag(table=shared.bias), "second": shared})
     assert exempt(model, "fastai") == {"first.table"}
@@ -246,7 +254,7 @@ def test_reasons_say_which_exception() -> None:
     assert reasons["nanogpt"]["embed.weight"] == "recipe nanogpt: no exception for it"
 
 
-# ------------------------------------------------------------------------------------ against the originals
+# ------------------------------------------------------------------------------------ against the o
 
 MORE = {
     "torchvision": """alexnet convnext_base densenet121 efficientnet_v2_s fcn_resnet50 fcos_resnet50_fpn inception_v3

@@ -51,7 +51,9 @@ def exempt(model: nn.Module) -> set[str]:
     "listed", [{"mix"}, ["mix"], ("mix",), {"mix": 0}, "mix", {"m?x"}, ["mi*", "nothing"]]
 )
 def test_no_weight_decay_lists(listed: Any) -> None:
-    """A set, list, dict, lone name or glob exempts exactly what it names; the reason says who listed it."""
+    """A set, list, dict, lone name or glob exempts exactly what it names; the reason says who
+    listed it.
+    """
     model = nn.Sequential(Listing(listed))
     assert exempt(model) == {"0.mix"}
     assert classify(model)["0.mix"].reason == "listed by 0.no_weight_decay()"
@@ -198,7 +200,7 @@ def test_marks_outrank_guesses() -> None:
     assert not classify(model)["u"].guess
 
 
-# ------------------------------------------------------------------------------------------- wdhook_role
+# ------------------------------------------------------------------------------------------- wdhook
 
 
 class House(nn.Module):
@@ -224,7 +226,9 @@ UNMARKED = ["weight", "other", "weight", "weight", "weight", "weight", "bias"]
 
 @pytest.mark.parametrize("role", [*Role, *map(str, Role)])
 def test_wdhook_role_speaks_for_a_modules_own_parameters(house_with: Any, role: Any) -> None:
-    """A role as a class attribute holds for all that the module holds itself, in containers too, not below it."""
+    """A role as a class attribute holds for all that the module holds itself, in containers too,
+    not below it.
+    """
     verdicts = classify(house_with(role))
     assert [str(verdict.role) for verdict in verdicts.values()] == [str(role)] * 5 + [
         "weight",
@@ -247,7 +251,9 @@ def test_wdhook_role_speaks_for_a_modules_own_parameters(house_with: Any, role: 
     ],
 )
 def test_wdhook_role_for_each_name(house_with: Any, mark: Any, changed: dict[str, str]) -> None:
-    """A mapping speaks of the names that it has; the rest is decided as without it, and may be absent."""
+    """A mapping speaks of the names that it has; the rest is decided as without it, and may be
+    absent.
+    """
     expected = dict(zip(classify(House()), UNMARKED, strict=True)) | changed
     assert {
         name: str(verdict.role) for name, verdict in classify(house_with(mark)).items()

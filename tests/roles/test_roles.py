@@ -1,4 +1,6 @@
-"""The classifier: torch's own layers, families, names, structure, shape, and what must not sway them."""
+"""The classifier: torch's own layers, families, names, structure, shape, and what must not sway
+them.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def roles(model: nn.Module) -> dict[str, str]:
 
 
 def holder(class_name: str, **parameters: object) -> nn.Module:
-    """A module of a new class with that name; a tuple becomes a parameter of that shape, a module a child."""
+    """A module of a new class with that name; a tuple becomes a parameter of that shape, a module a
+    child.
+    """
     module = type(class_name, (nn.Module,), {})()
     for name, value in parameters.items():
         setattr(
@@ -145,14 +149,18 @@ def test_old_weight_norm_has_a_magnitude() -> None:
 
 
 def test_g_without_v_is_no_magnitude() -> None:
-    """A `w_g` with no `w_v` beside it is a projection onto one number, not a weight norm's magnitude."""
+    """A `w_g` with no `w_v` beside it is a projection onto one number, not a weight norm's
+    magnitude.
+    """
     assert roles(holder("Attention", w_g=(8, 1))) == {"w_g": "weight"}
     assert roles(holder("Attention", w_g=(8, 1), w_v=(8, 4))) == {"w_g": "scale", "w_v": "weight"}
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning", "ignore:.*weight_norm is deprecated")
 def test_every_torch_layer_with_parameters_is_in_the_table() -> None:
-    """No parameter-holding leaf class of torch.nn is forgotten; the sequence layers are made of these."""
+    """No parameter-holding leaf class of torch.nn is forgotten; the sequence layers are made of
+    these.
+    """
     made = {type(module) for make, _ in TORCH_LAYERS.values() for module in make().modules()}
     known = {cls.__name__ for cls in made} | {"Conv2d", "Conv1d", "Conv3d", "Linear"}
     abstract = {"Container", "Module", "RNNBase", "RNNCellBase", "ParameterList", "ParameterDict"}
@@ -283,13 +291,17 @@ NAMES: dict[str, str] = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_of_matrices(name: str) -> None:
-    """A matrix in a module that says nothing is known by its own name: its last word with a meaning."""
+    """A matrix in a module that says nothing is known by its own name: its last word with a
+    meaning.
+    """
     assert roles(holder("Mixer", **{name: (4, 8)})) == {name: NAMES[name]}
 
 
 @pytest.mark.parametrize("name", ["gate", "weight", "skip", "cross_attn_gate", "mystery"])
 def test_vectors_of_unknown_owners_are_exempt_guesses(name: str) -> None:
-    """A vector in a module that says nothing is exempt and calls itself a guess; the matrix twin decays."""
+    """A vector in a module that says nothing is exempt and calls itself a guess; the matrix twin
+    decays.
+    """
     (vector,) = classify(holder("Thing", **{name: (1, 1, 8)})).values()
     assert not vector.decayed
     assert vector.guess
@@ -313,7 +325,9 @@ def test_shape_is_the_last_resort() -> None:
 
 
 def test_eps_and_vectors_make_a_norm() -> None:
-    """An eps and only vectors make a norm under any name; with a matrix, or without the eps, they do not."""
+    """An eps and only vectors make a norm under any name; with a matrix, or without the eps, they
+    do not.
+    """
     module = holder("Thing", scaling_vector=(1, 8), u=(8,))
     module.eps = 1e-6
     assert roles(module)["u"] == "norm"
@@ -323,7 +337,9 @@ def test_eps_and_vectors_make_a_norm() -> None:
 
 
 def test_type_outranks_shape_of_a_shard() -> None:
-    """A flat shard of a linear weight or an expert stays a weight, one of a norm over two axes a norm."""
+    """A flat shard of a linear weight or an expert stays a weight, one of a norm over two axes a
+    norm.
+    """
     linear, norm = nn.Linear(4, 4), nn.LayerNorm([4, 4])
     experts = holder("Experts", w1=(2, 4, 4), down_proj=(2, 4, 4))
     model = nn.ModuleList([linear, norm, experts])
@@ -442,7 +458,9 @@ def test_scripted_modules_keep_their_roles() -> None:
 
 
 def test_peft_layers() -> None:
-    """LoRA's A and B are weights at any rank; AdaLoRA's singular values and DoRA's magnitude are not."""
+    """LoRA's A and B are weights at any rank; AdaLoRA's singular values and DoRA's magnitude are
+    not.
+    """
     layer = holder("LoraLinear", lora_A=nn.ModuleDict({"default": nn.Linear(4, 1, bias=False)}))
     layer.magnitude = nn.ModuleDict({"default": holder("DoraLinearLayer", weight=(8,))})
     adaptive = holder("SVDLinear", lora_A=nn.ParameterDict(), lora_E=nn.ParameterDict())

@@ -50,8 +50,8 @@ def _advice(model: object, weight_decay: object) -> str:
         return "\n  Give a number: wdhook.plan(model, weight_decay.item())"
     if isinstance(weight_decay, Mapping):
         return (
-            "\n  Give a number. Of a plan it is `plan.weight_decay`; a λ for some parameters belongs "
-            "in `overrides`"
+            "\n  Give a number. Of a plan it is `plan.weight_decay`; a λ for some parameters "
+            "belongs in `overrides`"
         )
     if callable(weight_decay):
         return (

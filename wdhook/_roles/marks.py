@@ -1,8 +1,8 @@
 """The marks that people leave on modules and parameters, read and never written.
 
-They are those of other projects, and `wdhook_role`, which a library can set without importing wdhook. Two kinds
-of mark exist: *how much* (exempt, or a weight decay of its own) and *what for* (a role). Each is kept with the
-words that a report prints as its reason.
+They are those of other projects, and `wdhook_role`, which a library can set without importing
+wdhook. Two kinds of mark exist: *how much* (exempt, or a weight decay of its own) and *what for* (a
+role). Each is kept with the words that a report prints as its reason.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def is_plain(parameter: torch.Tensor) -> bool:
     """
     if type(parameter) is not nn.Parameter:
         return False
-    for flag in _FLAGS:
+    for flag in _FLAGS:  # noqa: SIM110 - twice as fast as a generator
         if hasattr(parameter, flag):
             return False
     return True
@@ -83,7 +83,8 @@ def embedding_mark(parameter: torch.Tensor) -> str | None:
 def kinds_with(names: tuple[str, ...], modules: Iterable[nn.Module]) -> set[type[nn.Module]]:
     """The classes whose modules can have such an attribute without one of their own in `__dict__`.
 
-    Asked once for each class, because `nn.Module.__getattr__` is slow where there is nothing to find.
+    Asked once for each class, because `nn.Module.__getattr__` is slow where there is nothing to
+    find.
     """
     kinds = {type(module) for module in modules}
     return {
@@ -96,8 +97,8 @@ def kinds_with(names: tuple[str, ...], modules: Iterable[nn.Module]) -> set[type
 def role_mark(module: nn.Module, local: str, container: str) -> Role | None:
     """The role that `module.wdhook_role` gives to a parameter of its own, if it speaks of it.
 
-    It is a role, or a mapping from local names to roles; a parameter in a container goes by the container's
-    name too. Set on a class, it holds for sub-classes; None takes it back.
+    It is a role, or a mapping from local names to roles; a parameter in a container goes by the
+    container's name too. Set on a class, it holds for sub-classes; None takes it back.
 
     Raises:
         ArgumentError: it is something else, or names no role.
@@ -116,13 +117,16 @@ def _role(said: Any, module: nn.Module) -> Role:
         return Role(said)
     kind = type(module).__name__
     raise ArgumentError(
-        f"`wdhook_role` names no role.\n  module: {kind}\n  got: {said!r}\n  roles: {', '.join(_ROLES)}\n"
+        f"`wdhook_role` names no role.\n  module: {kind}\n  got: {said!r}\n"
+        f"  roles: {', '.join(_ROLES)}\n"
         f'  Give one of them, or one for each name: {kind}.wdhook_role = {{"weight": "norm"}}'
     )
 
 
 def module_marks(modules: Mapping[str, nn.Module], names: Iterable[str]) -> dict[str, str]:
-    """Parameter name -> reason, for every name that some module of the model lists or flags as exempt."""
+    """Parameter name -> reason, for every name that some module of the model lists or flags as
+    exempt.
+    """
     listing = kinds_with(_MODULE_ATTRIBUTES, modules.values())
     rules = [
         rule

@@ -219,9 +219,10 @@ def meaning_of(local: str) -> Meaning | None:
     special = _SPECIAL.search(local)
     if special is not None:
         return _meaning(str(special.lastgroup))
+    letter = local.strip("_0123456789")
+    if letter in _LETTERS:
+        return _LETTERS[letter]
     words = words_of(local)
-    if len(words) == 1 and words[0] in _LETTERS:
-        return _LETTERS[words[0]]
     if not _SPREAD.isdisjoint(words) and _PROJECTION.isdisjoint(words):
         return Role.POSITION if "token" in words else Role.SCALE
     return _compound(words) or _stem(local)
