@@ -167,13 +167,11 @@ class Plan(Mapping[str, Decision]):
         return {"weight_decay": self._weight_decay, "parameters": rows}
 
     def to_pandas(self) -> Any:
-        """The plan as a ``pandas.DataFrame``: a row for each parameter, by name.
+        """The plan as a ``pandas.DataFrame``; an ``ImportError`` where pandas is not installed.
 
         Returns:
-            a frame with the attributes of `Decision` as columns and the names as index.
-
-        Raises:
-            ImportError: pandas is not installed.
+            a frame with a row for each parameter: the names as index, and the other attributes of
+            `Decision` as columns.
         """
         try:
             pandas = import_module("pandas")
