@@ -185,8 +185,11 @@ class Plan(Mapping[str, Decision]):
         return pandas.DataFrame(rows, columns=columns).set_index("name")
 
     def __repr__(self) -> str:
-        count = f"{len(self.decayed)} of {len(self)} tensors decayed"
-        return f"Plan(weight_decay={self._weight_decay:g}, {count})"
+        decayed = self.decayed
+        frozen = sum(1 for decision in decayed.values() if not decision.trainable)
+        count = f"{len(decayed) - frozen} of {len(self)} tensors decayed"
+        more = f", {frozen} more frozen" if frozen else ""
+        return f"Plan(weight_decay={self._weight_decay:g}, {count}{more})"
 
     def __str__(self) -> str:
         return plan_table(self._weight_decay, list(self.values()))

@@ -94,7 +94,7 @@ def _swin(model: nn.Module) -> Iterator[tuple[str, str | None]]:
 
 
 def _nanogpt(model: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """nanoGPT: `GPT.configure_optimizers` in karpathy/nanoGPT's model.py: two dimensions or more."""
+    """nanoGPT: `GPT.configure_optimizers` in karpathy/nanoGPT: two dimensions or more."""
     for name, parameter in model.named_parameters():
         yield name, _dims(parameter) if parameter.ndim < 2 else None
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .evidence import Shape, is_vectorlike, shape_of
-from .layers import by_family, by_name, by_shape, by_siblings, by_structure
+from .layers import Case, Rule, by_family, by_name, by_shape, by_siblings, by_structure
 from .marks import (
     embedding_mark,
     is_flattened,
@@ -242,12 +242,14 @@ class _Reader:
         return bool(settled)
 
 
+_RULES: tuple[Rule, ...] = (by_siblings, by_family, by_name, by_shape)
+
+
 def _read(owner: nn.Module, local: str, parameter: torch.Tensor, shape: Shape) -> Verdict:
-    return (
-        by_reparametrization(owner, local)
-        or by_torch_type(owner, local)
-        or by_siblings(owner, local, shape)
-        or by_family(owner, local, parameter, shape)
-        or by_name(owner, local, parameter, shape)
-        or by_shape(parameter, shape)
-    )
+    """The first verdict; the last rule has one for every case."""
+    found = by_reparametrization(owner, local) or by_torch_type(owner, local)
+    case = Case(owner, local, parameter, shape)
+    for rule in _RULES:
+        found = found or rule(case)
+    assert found is not None
+    return found

@@ -253,6 +253,11 @@ def _stem(local: str) -> Meaning | None:
     return None if found is None else _meaning(str(found.lastgroup))
 
 
+def is_matrix_name(local: str) -> bool:
+    """True for a capital letter, which names a matrix by custom."""
+    return re.fullmatch(r"[A-Z]\d*", local) is not None
+
+
 def siblings_of(local: str) -> frozenset[str]:
     """The names beside which a `query` is one of the three projections of an attention."""
     others = ("key", "keys", "value", "values")
