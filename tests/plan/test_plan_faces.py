@@ -86,7 +86,7 @@ def test_frozen_parameters_are_not_counted_as_decayed() -> None:
     plan = wdhook.plan(model, 0.5)
     head, *lines = str(plan).splitlines()
     assert head == "weight decay 0.5 on 1 of 4 tensors, 128 of 4,290 elements; 1 more is frozen"
-    assert [line for line in lines if line.startswith("0.weight")][0].endswith("; frozen")
+    assert next(line for line in lines if line.startswith("0.weight")).endswith("; frozen")
     assert lines[-1].split() == ["all", "4", "1", "4,290", "128"]
     assert (plan["0.weight"].weight_decay, plan["0.weight"].trainable) == (0.5, False)
     assert "frozen" not in str(wdhook.plan(model.requires_grad_(True), 0.5))

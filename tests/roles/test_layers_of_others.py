@@ -46,9 +46,24 @@ def test_a_query_beside_a_key_is_a_projection() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["sigma", "rho", "weight_sigma", "weight_log_sigma", "rho_kernel", "log_var_weight", "logvar"]
-    + ["_diag_weight", "unconstrained_diagonal", "feature_mask", "mask"]
-    + ["unnormalized_widths", "unnormalized_heights", "log_noise", "modulation", "raw_lengthscale"],
+    [
+        "sigma",
+        "rho",
+        "weight_sigma",
+        "weight_log_sigma",
+        "rho_kernel",
+        "log_var_weight",
+        "logvar",
+        "_diag_weight",
+        "unconstrained_diagonal",
+        "feature_mask",
+        "mask",
+        "unnormalized_widths",
+        "unnormalized_heights",
+        "log_noise",
+        "modulation",
+        "raw_lengthscale",
+    ],
 )
 def test_spreads_masks_and_transformed_values_are_exempt(name: str) -> None:
     """A matrix of standard deviations, a mask or the logarithm of something is no weight."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from .._base.text import NUMBER, Row, aligned, fold_by
 from .decision import Decision
@@ -34,19 +35,49 @@ def _html_row(tag: str, row: Row) -> str:
     return f"<tr>{cells}</tr>"
 
 
+@dataclass(slots=True)
+class _Sums:
+    """Sums over decisions. Frozen parameters are not counted as decayed."""
+
+    tensors: int = 0
+    elements: int = 0
+    decayed: int = 0
+    decayed_elements: int = 0
+    frozen: int = 0
+    guesses: int = 0
+
+    def add(self, decision: Decision) -> None:
+        self.tensors += 1
+        self.elements += decision.numel
+        self.guesses += decision.guess
+        if not decision.weight_decay > 0:
+            return
+        if not decision.trainable:
+            self.frozen += 1
+            return
+        self.decayed += 1
+        self.decayed_elements += decision.numel
+
+
+def _sums(decisions: Iterable[Decision]) -> _Sums:
+    found = _Sums()
+    for decision in decisions:
+        found.add(decision)
+    return found
+
+
 def headline(weight_decay: float, decisions: Sequence[Decision]) -> str:
-    """The plan in one line. Frozen parameters are not counted as decayed."""
-    decayed = [d for d in decisions if _is_decayed(d)]
-    elements = sum(d.numel for d in decisions)
+    """The plan in one line, with the numbers of frozen parameters and of guesses."""
+    found = _sums(decisions)
     line = (
-        f"weight decay {weight_decay:g} on {len(decayed)} of {len(decisions)} tensors, "
-        f"{_count(sum(d.numel for d in decayed))} of {_count(elements)} elements"
+        f"weight decay {weight_decay:g} on {found.decayed} of {found.tensors} tensors, "
+        f"{found.decayed_elements:,} of {found.elements:,} elements"
     )
-    frozen = sum(1 for d in decisions if d.weight_decay > 0 and not d.trainable)
-    if frozen:
-        line += f"; {frozen} more {'is' if frozen == 1 else 'are'} frozen"
-    guesses = sum(1 for d in decisions if d.guess)
-    return f"{line}; {_about_guesses(guesses, decisions)}" if guesses else line
+    if found.frozen:
+        line += f"; {found.frozen} more {'is' if found.frozen == 1 else 'are'} frozen"
+    if found.guesses:
+        line += f"; {_about_guesses(found.guesses, decisions)}"
+    return line
 
 
 def _about_guesses(guesses: int, decisions: Sequence[Decision]) -> str:
@@ -66,10 +97,6 @@ def plan_rows(decisions: Sequence[Decision]) -> list[Row]:
         for name, d in fold(ordered)
     ]
     return rows
-
-
-def _is_decayed(decision: Decision) -> bool:
-    return decision.weight_decay > 0 and decision.trainable
 
 
 def diff_table(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) -> str:
@@ -122,13 +149,15 @@ def fold(
 
 
 def totals(decisions: Sequence[Decision]) -> list[Row]:
-    """A heading, a row for each role, and a row for all. Frozen parameters are not decayed."""
+    """A heading, a row for each role in order of appearance, and a row for all."""
+    by_role: dict[str, _Sums] = {}
+    for decision in decisions:
+        by_role.setdefault(str(decision.role), _Sums()).add(decision)
+    by_role["all"] = _sums(decisions)
     rows: list[Row] = [("role", "tensors", "decayed", "elements", "decayed")]
-    for role in (*dict.fromkeys(d.role for d in decisions), None):
-        mine = [d for d in decisions if role is None or d.role == role]
-        on = [d for d in mine if _is_decayed(d)]
-        elements = _count(sum(d.numel for d in mine)), _count(sum(d.numel for d in on))
-        rows.append((str(role or "all"), str(len(mine)), str(len(on)), *elements))
+    for role, found in by_role.items():
+        counts = found.tensors, found.decayed, found.elements, found.decayed_elements
+        rows.append((role, str(counts[0]), str(counts[1]), _count(counts[2]), _count(counts[3])))
     return rows
 
 
