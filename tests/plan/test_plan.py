@@ -49,7 +49,9 @@ def test_the_decision_says_everything() -> None:
 
 
 def test_a_plan_is_pure_and_immutable() -> None:
-    """Planning changes no parameter, buffer, flag, hook or random state; a plan cannot be changed."""
+    """Planning changes no parameter, buffer, flag, hook or random state; a plan cannot be
+    changed.
+    """
     model = convnet()
     before, flags = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
     state, chance = torch.get_rng_state(), random.getstate()

@@ -71,7 +71,9 @@ def test_the_error_of_a_model_is_passed_on() -> None:
 
 
 def test_the_table_offers_example_inputs() -> None:
-    """Where guesses are left the first line says how to settle them, and where none are it does not."""
+    """Where guesses are left the first line says how to settle them, and where none are it
+    does not.
+    """
     assert "2 guesses: pass example inputs to settle them" in str(wdhook.plan(Net(), 0.5))
     assert "guess" not in str(wdhook.plan(Net(), 0.5, inputs=X)).splitlines()[0]
     assert "guess" not in str(wdhook.plan(nn.Linear(2, 2), 0.5))
@@ -80,7 +82,9 @@ def test_the_table_offers_example_inputs() -> None:
 
 
 def test_frozen_parameters_are_not_counted_as_decayed() -> None:
-    """They keep their decision, and the headline, their row and the totals say that they are frozen."""
+    """They keep their decision, and the headline, their row and the totals say that they
+    are frozen.
+    """
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
     model[0].requires_grad_(False)
     plan = wdhook.plan(model, 0.5)
@@ -99,7 +103,9 @@ def tied() -> nn.Module:
 
 
 def test_tied_parameters_show_all_names() -> None:
-    """The decision lists the further names, the table shows them; a module used twice counts too."""
+    """The decision lists the further names, the table shows them; a module used twice
+    counts too.
+    """
     plan = wdhook.plan(tied(), 0.5)
     assert plan["embed.weight"].aliases == ("head.weight",)
     assert "tied to head.weight" in str(plan)

@@ -118,7 +118,9 @@ def test_plan_changes_nothing(library: str, name: str) -> None:
 
 
 def test_plan_changes_no_number() -> None:
-    """On a model with real numbers: every value and version counter stays, spectral norm included."""
+    """On a model with real numbers: every value and version counter stays, spectral norm
+    included.
+    """
     model = nn.Sequential(
         nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
         nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
@@ -204,7 +206,8 @@ torch.set_num_threads(1)
 decided = lambda model: {name: d.eligible for name, d in wdhook.plan(model, 1.0).items()}
 scores, info = check.run({"wdhook": decided}, quick=True)
 score = scores["wdhook"]
-kinds = [[kind, owner, local, case["ex"][1]] for (kind, _, owner, local, *_), case in score.cases.items()]
+cases = score.cases.items()
+kinds = [[kind, owner, local, case["ex"][1]] for (kind, _, owner, local, *_), case in cases]
 errors = [error for _, error in score.err if error != "build"]
 models = sum(count for (_, what), count in score.c.items() if what == "models")
 print(json.dumps({"kinds": kinds, "errors": errors, "models": models}))

@@ -282,8 +282,10 @@ NAMES: dict[str, str] = {
     "attention_biases": "position",
     "logit_scale": "scale", "temperature": "scale", "lambda_1": "scale", "gamma_xca": "scale",
     "layer_scale": "scale",
-    "r_w_bias": "bias", "e_score_correction_bias": "bias", "sinks": "bias", "scale_shift_table": "bias",
-    "gate": "weight", "lora_A": "weight", "time_maa_w1": "weight", "kernel": "weight", "w1": "weight",
+    "r_w_bias": "bias", "e_score_correction_bias": "bias", "sinks": "bias",
+    "scale_shift_table": "bias",
+    "gate": "weight", "lora_A": "weight", "time_maa_w1": "weight", "kernel": "weight",
+    "w1": "weight",
     "spline_weight": "weight", "dynamic_alpha_fn": "weight", "mm_input_projection_weight": "weight",
     "codebook": "embedding", "word_embeddings": "embedding",
 }  # fmt: skip
@@ -415,7 +417,9 @@ def test_strictest_owner_wins() -> None:
 
 
 def test_containers_give_their_name() -> None:
-    """What lies in a ParameterList or ParameterDict is named after it, also through a ModuleList."""
+    """What lies in a ParameterList or ParameterDict is named after it, also through a
+    ModuleList.
+    """
     model = nn.Module()
     model.gammas = nn.ParameterList([nn.Parameter(torch.zeros(4, 8))])
     model.lora_A = nn.ParameterDict({"default": nn.Parameter(torch.zeros(1, 8))})
@@ -476,7 +480,9 @@ def test_peft_layers() -> None:
 
 
 def test_names_and_order_are_those_of_the_model() -> None:
-    """The keys are exactly `named_parameters()`, in its order, the root's own parameters included."""
+    """The keys are exactly `named_parameters()`, in its order, the root's own parameters
+    included.
+    """
     model = nn.Transformer(8, 2, 1, 1, 8, batch_first=True)
     model.register_parameter("scale", nn.Parameter(torch.ones(())))
     model.register_parameter("absent", None)
@@ -499,7 +505,9 @@ def test_classify_is_pure() -> None:
 
 
 def test_same_class_name_different_children() -> None:
-    """What is remembered of one module is not carried over to a namesake that is built differently."""
+    """What is remembered of one module is not carried over to a namesake that is built
+    differently.
+    """
     whole = holder("TokenNorm", table=(4, 8))
     hybrid = type(whole)()
     hybrid.table, hybrid.inner = nn.Parameter(torch.zeros(4, 8)), nn.Linear(2, 2)
@@ -514,8 +522,10 @@ def test_same_class_name_different_children() -> None:
         ("rmsnorm", Family.NORM),
         ("LayerNormLinear", Family.WEIGHT), ("TopkRouter", Family.WEIGHT),
         ("NormMlpClassifierHead", Family.WEIGHT),
-        ("NormFreeBlock", Family.COMPOSITE), ("GPTNeoXLayer", Family.COMPOSITE), ("Net", Family.COMPOSITE),
-        ("LearnedPositionalEmbedding", Family.EMBEDDING), ("Snake1d", Family.SCALE), ("Generator", None),
+        ("NormFreeBlock", Family.COMPOSITE), ("GPTNeoXLayer", Family.COMPOSITE), ("Net",
+        Family.COMPOSITE),
+        ("LearnedPositionalEmbedding", Family.EMBEDDING), ("Snake1d", Family.SCALE),
+        ("Generator", None),
     ],
 )  # fmt: skip
 def test_class_names_are_read_from_the_end(class_name: str, family: Family | None) -> None:
