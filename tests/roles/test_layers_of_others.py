@@ -164,6 +164,8 @@ def test_first_values() -> None:
     assert decayed(holder("Thing", weight=random[0])) == {"weight": False}
     assert decayed(holder("Thing", weight=random[0] / 8)) == {"weight": True}
     assert decayed(holder("Thing", u=torch.ones(4, 64))) == {"u": False}
+    elementwise = holder("Thing", weight=random[0] / 8, bias=torch.zeros(64))
+    assert decayed(elementwise) == {"weight": False, "bias": False}
 
 
 def test_reading_values_changes_nothing() -> None:

@@ -101,11 +101,16 @@ def by_siblings(case: Case) -> Verdict | None:
         return None
     if family(case.owner) is Family.NORM:
         return None
+    twin = _bias_of_the_same_shape(case)
+    return None if twin is None else Verdict(Role.SCALE, f"of the shape of {twin!r}", guess=True)
+
+
+def _bias_of_the_same_shape(case: Case) -> str | None:
     for name, other in case.owner._parameters.items():
         if meaning_of(name) is not Role.BIAS or other is None:
             continue
         if shape_of(other) == case.shape:
-            return Verdict(Role.SCALE, f"of the same shape as {name!r}", guess=True)
+            return name
     return None
 
 
@@ -244,7 +249,7 @@ def _matrix(case: Case) -> Verdict:
 
 def _vector(case: Case) -> Verdict:
     fill = fill_of(case.parameter)
-    if fill is Fill.FAN:
+    if fill is Fill.FAN and _bias_of_the_same_shape(case) is None:
         return Verdict(Role.WEIGHT, f"{case.named}, a vector random by its fan", guess=True)
     return Verdict(Role.SCALE, f"{case.named}, a vector", guess=fill is not Fill.CONSTANT)
 
