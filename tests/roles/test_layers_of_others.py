@@ -189,6 +189,8 @@ def test_a_matrix_elsewhere_settles_a_vector() -> None:
     modules[1].mystery = nn.Parameter(torch.randn(2, 8))
     assert decayed(modules) == {"0.mystery": True, "1.mystery": True}
     assert classify(modules)["0.mystery"].guess
+    modules[0].mystery = nn.Parameter(torch.randn(8))  # the mean of a bias, perhaps
+    assert decayed(modules) == {"0.mystery": False, "1.mystery": True}
 
 
 def test_a_broadcast_of_unknown_use_is_exempt() -> None:

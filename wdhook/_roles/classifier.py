@@ -221,7 +221,7 @@ class _Reader:
         """Settle guesses on vectors by matrices of the same name in modules of the same class.
 
         An attention with one head has a vector where its neighbours with more heads have a
-        matrix; both contract.
+        matrix of as many dimensions; both contract.
 
         Returns:
             True where a guess was settled: reading again gives the new verdicts.
@@ -232,10 +232,14 @@ class _Reader:
             owner, local, shape = kind
             if not is_vectorlike(shape):
                 if verdict.decayed:
-                    matrices.add((classes[owner], local))
+                    matrices.add((classes[owner], local, len(shape or ())))
             elif verdict.guess and not verdict.decayed:
                 open_kinds.append(kind)
-        settled = [kind for kind in open_kinds if (classes[kind[0]], kind[1]) in matrices]
+        settled = []
+        for kind in open_kinds:
+            owner, local, shape = kind
+            if (classes[owner], local, len(shape or ())) in matrices:
+                settled.append(kind)
         for kind in settled:
             reason = f"named {kind[1]!r}, a matrix in another {classes[kind[0]].__name__}"
             self._known[kind] = Verdict(Role.WEIGHT, reason, guess=True)
