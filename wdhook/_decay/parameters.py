@@ -24,8 +24,10 @@ from torch.nn.parameter import is_lazy
 
 from .._base.torch_private import hooks_of, is_storage_of, storage_of
 from .._plan.decision import Decision
-from .._plan.plan import Plan, former_name, inherited
+from .._plan.plan import Plan
+from .._plan.renames import former_name, inherited
 from .._roles.marks import bare_name, is_flattened
+from .._roles.places import walk
 from .entry import Entry, Terms
 from .model_ref import ModelRef
 
@@ -113,7 +115,9 @@ class Parameters:
     def walk(self) -> Iterator[Found]:
         """Every parameter of the model as it is now, once, in the order of `named_parameters`."""
         seen: set[int] = set()
-        for path, module in self._model_ref.model().named_modules():
+        for path, module, repeated in walk(self._model_ref.model()):
+            if repeated:
+                continue
             for local, param in module._parameters.items():
                 if param is not None and id(param) not in seen:
                     seen.add(id(param))
@@ -153,7 +157,7 @@ class Parameters:
             taken: ids of what is known of the tensors that were recognised.
         """
         model = self._model_ref.model()
-        paths = dict(model.named_modules())
+        paths = {path: module for path, module, _ in walk(model)}
         gone = [known for known in self._known.values() if id(known) not in taken]
         places = {(id(module), k.local): k for k in gone if (module := k.module()) is not None}
         names = {known.decision.name: known for known in gone}
@@ -227,8 +231,7 @@ class Parameters:
         entry = self._entries[id(param)] = self._new_entry(known.decision)
         if not callable(entry):
             known.entry = entry
-        if not is_lazy(param):
-            entry.terms = self.unowned_terms(entry, param)
+        entry.terms = self.unowned_terms(entry, param)
         return entry
 
     def unowned_terms(self, entry: Entry, param: Tensor) -> Terms:
