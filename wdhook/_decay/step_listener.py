@@ -30,6 +30,7 @@ _left: list[
 ] = []  # gradients that a removed handle has decayed, before their step
 _lock = threading.RLock()  # handles come and go in any thread
 _running = threading.local()  # `stack`: the steps that run in this thread, the outermost first
+_hooked: weakref.WeakSet[StepInProgress] = weakref.WeakSet()  # steps with a hook on their optimizer
 
 
 def listen(engine: Engine) -> None:
@@ -52,8 +53,12 @@ def _forget(engine: Engine) -> None:
     with _lock:
         _left[:] = [*_living(_left), *_living(engine.unstepped())]
         _engines.pop(id(engine), None)
-        while not _engines and _registered:
+        if _engines:
+            return
+        while _registered:
             _registered.pop().remove()
+        for step in list(_hooked):  # it has raised, or runs
+            step.drop()
 
 
 def _recall(engine: Engine) -> None:
@@ -121,9 +126,13 @@ def _decay_last(step: StepInProgress) -> None:
     """Decay after all step pre-hooks of the optimizer: torch reads those after the ones of the process."""
 
     def last(*_: Any) -> None:
-        _decay(step, evaluated=False)
+        if step in _stack():
+            _decay(step, evaluated=False)
+        else:
+            step.drop()  # it has raised, in another thread than the one of this step
 
     step.last_hook = step.optimizer.register_step_pre_hook(last)
+    _hooked.add(step)
 
 
 @never_compiled

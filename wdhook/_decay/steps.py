@@ -36,9 +36,10 @@ class Part:
 
     @property
     def is_active(self) -> bool:
-        """The handle decays in this step: not while it is paused, nor where the optimizer only accumulates."""
+        """The handle decays in this step: it is neither paused nor removed, and the optimizer does more than add up."""
         return (
             self.view.owns_any()
+            and not self.engine.closed
             and not self.engine.state.pauses
             and not only_accumulates(self.optimizer)
         )
@@ -244,6 +245,8 @@ class Part:
 
 class StepInProgress:
     """One optimizer step that runs: the parts of all handles, and its depth among the steps that run."""
+
+    __slots__ = ("__weakref__", "depth", "last_hook", "optimizer", "parts")
 
     def __init__(self, optimizer: Optimizer, parts: list[Part], depth: int) -> None:
         self.optimizer = optimizer
