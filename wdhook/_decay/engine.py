@@ -40,9 +40,8 @@ class Engine:
         self.watchers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.on_close: Callable[[], None] = lambda: None
         self.closed = False
-        self._outliving: list[
-            weakref.ref[Entry]
-        ] = []  # entries that were there when the last module died
+        # Entries that were there when the last module died, by the ids of these references.
+        self._outliving: dict[int, weakref.ref[Entry]] = {}
         model_ref = ModelRef(model, self._model_died)
         rate = Rate(plan.weight_decay, config.schedule, config.lr)
         self._unowned = rate.new_clock()
@@ -92,13 +91,15 @@ class Engine:
         if self.closed:
             return
         # Parameters may be trained on without a module: exported graphs and functional code share them.
-        entries = self.state.parameters.entries()
-        self._outliving = [weakref.ref(entry, self._entry_died) for entry in entries]
+        entries = self.state.parameters.outlive()
+        refs = [weakref.ref(entry, self._entry_died) for entry in entries]
+        self._outliving = {id(ref): ref for ref in refs}
+        del entries
         self._entry_died(None)
 
     def _entry_died(self, ref: object) -> None:
         if ref is not None:
-            self._outliving.pop()  # only the number of survivors is used
+            self._outliving.pop(id(ref))
         if not self._outliving and not self.closed:
             self.close()
 
@@ -165,6 +166,7 @@ class Engine:
 
     def save(self) -> dict[str, Any]:
         """What a saved handle holds besides λ."""
+        self.state.parameters.decided()  # lets go of parameters that have left the model
         return self.state.rate.save(self.state.parameters.entries())
 
     def load(self, saved: Mapping[str, Any]) -> None:

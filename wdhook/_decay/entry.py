@@ -92,8 +92,8 @@ def _group(place: Place | None) -> tuple[Any, dict[str, Any]] | None:
 class Entry(Window):
     """One decayed parameter: its window, its λ, and what its formula remembers.
 
-    A hook on the parameter owns the entry, which dies with the parameter. An entry does not refer to its parameter,
-    not even weakly: `torch.utils.swap_tensors` refuses tensors with weak references.
+    The entry dies with its parameter, or when the parameter leaves the model. It does not refer to the parameter, not
+    even weakly: `torch.utils.swap_tensors` refuses tensors with weak references.
 
     Attributes:
         name: of the parameter, in the model.
@@ -124,6 +124,11 @@ class Entry(Window):
     def weight_decay(self) -> float:
         """λ of the next step."""
         return self.clock.weight_decay if self.own is None else self.own
+
+    def succeed(self, former: Entry) -> None:
+        """Go on where a parameter was that this one has replaced: its learning rates, and its finished steps."""
+        self.peak = former.peak
+        self.clock = former.clock
 
 
 Pair = tuple[Tensor, Entry]

@@ -32,12 +32,20 @@ _FLATTENED = "_fsdp_wrapped_module."  # FSDP1 shows parts of its flat parameter,
 
 
 class Known:
-    """A tensor that was decided: the decision, and the marks by which it is recognised."""
+    """A tensor that was decided: the decision, and the marks by which it is recognised.
 
-    __slots__ = ("decision", "key", "kind", "local", "memory", "module", "shape")
+    Attributes:
+        entry: of a decayed tensor, as long as the tensor is in the model: how far its training has come is more than
+            its optimizers know, which may be made anew.
+        former: the entry of the tensor that this one has replaced, until this one has an entry.
+    """
 
-    def __init__(self, decision: Decision, found: Found) -> None:
+    __slots__ = ("decision", "entry", "former", "key", "kind", "local", "memory", "module", "shape")
+
+    def __init__(self, decision: Decision, found: Found, former: Entry | None = None) -> None:
         self.decision = decision
+        self.entry: Entry | None = None
+        self.former = former
         self.settle(found)
 
     def settle(self, found: Found) -> None:
@@ -131,8 +139,17 @@ class Parameters:
                 strangers.append(one)
         if strangers:
             result |= self._decide(strangers, set(map(id, result.values())))
+        if strangers or len(result) != len(self._known):
+            self._let_go(result)
             self._known |= result
         return result
+
+    def _let_go(self, present: dict[int, Known]) -> None:
+        """Drop the entries of tensors that are no longer in the model: an id may be given to another tensor."""
+        kept = set(map(id, present.values()))
+        for known in self._known.values():
+            if id(known) not in kept:
+                known.entry = known.former = None
 
     def _decide(self, strangers: list[Found], taken: set[int]) -> dict[int, Known]:
         """Decisions on tensors that were not recognised by themselves.
@@ -152,13 +169,14 @@ class Parameters:
         for one in strangers:
             before = places.get((id(one.module), one.local)) or names.get(one.name)
             if before is not None and before.fits(one):
-                result[id(one.param)] = Known(before.decision, one)
+                former = before.former if before.entry is None else before.entry
+                result[id(one.param)] = Known(before.decision, one, former)
                 continue
             if newer is None:
                 newer = self._replan(model, self._plan.weight_decay)
-            former = former_name(one.name)
-            above, _, local = former.rpartition(".")
-            old = places.get((id(paths.get(above)), local)) or undone.get(former)
+            original = former_name(one.name)
+            above, _, local = original.rpartition(".")
+            old = places.get((id(paths.get(above)), local)) or undone.get(original)
             renamed = old is not None and old.decision.name != one.name
             decision = inherited(newer[one.name], old.decision if renamed else None)
             result[id(one.param)] = Known(decision, one)
@@ -199,12 +217,12 @@ class Parameters:
     def track(self, param: Tensor, known: Known | None) -> Entry | None:
         """The entry of a parameter, made if there is none yet; None for an exempt parameter."""
         entry = self._entries.get(id(param))
-        if entry is not None:
-            return entry
-        if known is None or not known.decision.eligible:
-            return None
-        entry = self._entries[id(param)] = self._new_entry(known.decision)
-        if not is_lazy(param):
+        if entry is None and known is not None and known.decision.eligible:
+            entry = self._entries[id(param)] = self._new_entry(known.decision)
+            if known.former is not None:
+                entry.succeed(known.former)
+            known.entry, known.former = entry, None
+        if entry is not None and not hasattr(entry, "terms") and not is_lazy(param):
             entry.terms = self.unowned_terms(entry, param)
         return entry
 
@@ -223,8 +241,16 @@ class Parameters:
             if entry is not None:
                 yield one.param, entry
 
+    def outlive(self) -> list[Entry]:
+        """Every entry that is owned by its hook or by an optimizer from now on: the last module has died."""
+        entries = self.entries()
+        for known in self._known.values():
+            known.entry = known.former = None
+        return entries
+
     def clear(self) -> None:
         """Remove every hook, and forget every entry."""
+        self.outlive()
         for entry in self.entries():
             if entry.handle is not None:
                 entry.handle.remove()

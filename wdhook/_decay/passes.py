@@ -122,6 +122,7 @@ class Passes:
 
     def dismiss(self) -> None:
         """Remove the sentinels: a step was announced, or the handle is closed."""
+        self.unannounced.forget()
         while self._sentinels:
             self._sentinels.pop().handle.remove()
 
