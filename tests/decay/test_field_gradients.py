@@ -94,6 +94,31 @@ def test_a_step_pre_hook_of_the_user_brings_the_gradients(mode: str, at: str) ->
     check(loop, RIGHT_OR_REFUSED)
 
 
+@everywhere
+def test_a_step_pre_hook_of_the_user_brings_the_closure(mode: str, at: str) -> None:
+    """A step pre-hook of the user returns new arguments for `step`, with a closure in them."""
+
+    def loop(decay: Any) -> Any:
+        model = chain(nn.Linear(3, 2), nn.Linear(2, 1))
+        optimizer = sgd(model.parameters())
+        decay.attach(model, mode=mode, at=at, optimizer=optimizer)
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = pull(model)
+            loss.backward()
+            decay.now()
+            return loss
+
+        optimizer.register_step_pre_hook(lambda opt, args, kwargs: ((opt, closure), {}))
+        yield model
+        for _ in range(2):
+            optimizer.step()
+            yield model
+
+    check(loop, RIGHT)
+
+
 class LineSearch(torch.optim.Optimizer):
     """As the stochastic line searches: the closure returns a loss, and `step` calls backward
     itself.

@@ -98,13 +98,9 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     _push(step)
     for part in parts:
         part.begin()
-    wrapped = _with_decay_in_closures(step, args, kwargs)
-    if wrapped is not None:
-        return wrapped
     if _comes_last(optimizer):
-        _decay(step, evaluated=False)
-    else:
-        _decay_last(step)
+        return _decay_before_update(step, args, kwargs)
+    _decay_last(step)
     return None
 
 
@@ -125,14 +121,24 @@ def _comes_last(optimizer: Optimizer) -> bool:
 def _decay_last(step: StepInProgress) -> None:
     """Decay after all step pre-hooks of the optimizer: torch reads those after the ones of the process."""
 
-    def last(*_: Any) -> None:
+    def last(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if step in _stack():
-            _decay(step, evaluated=False)
-        else:
-            step.drop()  # it has raised, in another thread than the one of this step
+            return _decay_before_update(step, args, kwargs)
+        step.drop()  # it has raised, in another thread than the one of this step
+        return None
 
     step.last_hook = step.optimizer.register_step_pre_hook(last)
     _hooked.add(step)
+
+
+def _decay_before_update(
+    step: StepInProgress, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Decay now; or, where the step is given a closure, return arguments whose closure decays."""
+    wrapped = _with_decay_in_closures(step, args, kwargs)
+    if wrapped is None:
+        _decay(step, evaluated=False)
+    return wrapped
 
 
 @never_compiled
