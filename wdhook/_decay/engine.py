@@ -91,7 +91,7 @@ class Engine:
         if self.closed:
             return
         # Parameters may be trained on without a module: exported graphs and functional code share them.
-        entries = self.state.parameters.outlive()
+        entries = self.state.parameters.entries()
         refs = [weakref.ref(entry, self._entry_died) for entry in entries]
         self._outliving = {id(ref): ref for ref in refs}
         del entries
@@ -166,13 +166,13 @@ class Engine:
 
     def save(self) -> dict[str, Any]:
         """What a saved handle holds besides λ."""
-        self.state.parameters.decided()  # lets go of parameters that have left the model
-        return self.state.rate.save(self.state.parameters.entries())
+        return self.state.rate.save(self.state.parameters.progress())
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Undo of `save`, and of the λ that a schedule has given since."""
         parameters, rate = self.state.parameters, self.state.rate
         entries = parameters.entries()
+        parameters.forget_progress()
         rate.load(saved, entries)
         for param, entry in parameters.pairs():
             if entry.terms.place is None:

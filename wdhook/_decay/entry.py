@@ -26,6 +26,21 @@ class Peak:
         self.value = value
 
 
+class Progress:
+    """How far a parameter has come: more than its optimizers know, which may be made anew.
+
+    Attributes:
+        peak: the largest learning rate so far.
+        clock: counts the steps of its optimizer.
+    """
+
+    __slots__ = ("clock", "peak")
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.peak = Peak()
+
+
 class Terms:
     """The numbers that several parameters share, so that one foreach call can pay for all of them.
 
@@ -92,13 +107,13 @@ def _group(place: Place | None) -> tuple[Any, dict[str, Any]] | None:
 class Entry(Window):
     """One decayed parameter: its window, its λ, and what its formula remembers.
 
-    The entry dies with its parameter, or when the parameter leaves the model. It does not refer to the parameter, not
-    even weakly: `torch.utils.swap_tensors` refuses tensors with weak references.
+    A hook on the parameter owns the entry, which dies with the parameter; at "step", the optimizers own it. An entry
+    does not refer to its parameter, not even weakly: `torch.utils.swap_tensors` refuses tensors with weak references.
 
     Attributes:
         name: of the parameter, in the model.
         own: an absolute λ; None where λ is the handle's.
-        peak: the largest learning rate so far.
+        progress: what outlives the entry.
         sign: -1.0 if the last payment was for an optimizer that maximizes, else 1.0.
         number: what the last payment was made with (`Formula.number`); None where a loss scale took part.
         terms: numbers shared with other parameters.
@@ -106,7 +121,7 @@ class Entry(Window):
         memo: state of the formula, of whatever type.
     """
 
-    __slots__ = ("handle", "memo", "name", "number", "own", "peak", "sign", "terms")
+    __slots__ = ("handle", "memo", "name", "number", "own", "progress", "sign", "terms")
 
     terms: Terms
 
@@ -114,7 +129,7 @@ class Entry(Window):
         super().__init__(clock)
         self.name = name
         self.own = own
-        self.peak = Peak()
+        self.progress = Progress(clock)
         self.sign = 1.0
         self.number: Number | None = None
         self.handle: RemovableHandle | None = None
@@ -125,10 +140,24 @@ class Entry(Window):
         """λ of the next step."""
         return self.clock.weight_decay if self.own is None else self.own
 
-    def succeed(self, former: Entry) -> None:
-        """Go on where a parameter was that this one has replaced: its learning rates, and its finished steps."""
-        self.peak = former.peak
-        self.clock = former.clock
+    @property
+    def peak(self) -> Peak:
+        """The largest learning rate so far."""
+        return self.progress.peak
+
+    @peak.setter
+    def peak(self, peak: Peak) -> None:
+        self.progress.peak = peak
+
+    def move(self, clock: Clock) -> None:
+        """Let another optimizer close this window from now on."""
+        super().move(clock)
+        self.progress.clock = clock
+
+    def resume(self, progress: Progress) -> None:
+        """Go on where the parameter was, or the one that it has replaced."""
+        self.progress = progress
+        self.clock = progress.clock
 
 
 Pair = tuple[Tensor, Entry]

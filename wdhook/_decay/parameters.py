@@ -25,7 +25,7 @@ from .._base.torch_private import is_storage_of, storage_of
 from .._plan.decision import Decision
 from .._plan.plan import Plan, former_name, inherited
 from .._roles.marks import is_flattened
-from .entry import Entry, Terms
+from .entry import Entry, Progress, Terms
 from .model_ref import ModelRef
 
 _FLATTENED = "_fsdp_wrapped_module."  # FSDP1 shows parts of its flat parameter, of any shape
@@ -35,17 +35,14 @@ class Known:
     """A tensor that was decided: the decision, and the marks by which it is recognised.
 
     Attributes:
-        entry: of a decayed tensor, as long as the tensor is in the model: how far its training has come is more than
-            its optimizers know, which may be made anew.
-        former: the entry of the tensor that this one has replaced, until this one has an entry.
+        progress: of the tensor's entry, which it outlives; of the tensor that this one has replaced, before that.
     """
 
-    __slots__ = ("decision", "entry", "former", "key", "kind", "local", "memory", "module", "shape")
+    __slots__ = ("decision", "key", "kind", "local", "memory", "module", "progress", "shape")
 
-    def __init__(self, decision: Decision, found: Found, former: Entry | None = None) -> None:
+    def __init__(self, decision: Decision, found: Found, progress: Progress | None = None) -> None:
         self.decision = decision
-        self.entry: Entry | None = None
-        self.former = former
+        self.progress = progress
         self.settle(found)
 
     def settle(self, found: Found) -> None:
@@ -139,17 +136,8 @@ class Parameters:
                 strangers.append(one)
         if strangers:
             result |= self._decide(strangers, set(map(id, result.values())))
-        if strangers or len(result) != len(self._known):
-            self._let_go(result)
             self._known |= result
         return result
-
-    def _let_go(self, present: dict[int, Known]) -> None:
-        """Drop the entries of tensors that are no longer in the model: an id may be given to another tensor."""
-        kept = set(map(id, present.values()))
-        for known in self._known.values():
-            if id(known) not in kept:
-                known.entry = known.former = None
 
     def _decide(self, strangers: list[Found], taken: set[int]) -> dict[int, Known]:
         """Decisions on tensors that were not recognised by themselves.
@@ -169,8 +157,7 @@ class Parameters:
         for one in strangers:
             before = places.get((id(one.module), one.local)) or names.get(one.name)
             if before is not None and before.fits(one):
-                former = before.former if before.entry is None else before.entry
-                result[id(one.param)] = Known(before.decision, one, former)
+                result[id(one.param)] = Known(before.decision, one, before.progress)
                 continue
             if newer is None:
                 newer = self._replan(model, self._plan.weight_decay)
@@ -219,9 +206,9 @@ class Parameters:
         entry = self._entries.get(id(param))
         if entry is None and known is not None and known.decision.eligible:
             entry = self._entries[id(param)] = self._new_entry(known.decision)
-            if known.former is not None:
-                entry.succeed(known.former)
-            known.entry, known.former = entry, None
+            if known.progress is not None:
+                entry.resume(known.progress)
+            known.progress = entry.progress
         if entry is not None and not hasattr(entry, "terms") and not is_lazy(param):
             entry.terms = self.unowned_terms(entry, param)
         return entry
@@ -234,6 +221,21 @@ class Parameters:
             terms = self._unowned_terms[key] = Terms(entry.clock, None, entry, param)
         return terms
 
+    def progress(self) -> dict[str, Progress]:
+        """How far each decayed parameter of the model has come, by the name that was decided."""
+        found = {entry.name: entry.progress for entry in self.entries()}
+        for known in self.decided().values():
+            if known.progress is not None:
+                found.setdefault(known.decision.name, known.progress)
+        return found
+
+    def forget_progress(self) -> None:
+        """Forget how far parameters without an entry have come: training goes on from another point."""
+        living = {id(entry.progress) for entry in self.entries()}
+        for known in self._known.values():
+            if id(known.progress) not in living:
+                known.progress = None
+
     def pairs(self) -> Iterator[tuple[Tensor, Entry]]:
         """Every parameter of the model that has an entry, with the entry."""
         for one in self.walk():
@@ -241,16 +243,8 @@ class Parameters:
             if entry is not None:
                 yield one.param, entry
 
-    def outlive(self) -> list[Entry]:
-        """Every entry that is owned by its hook or by an optimizer from now on: the last module has died."""
-        entries = self.entries()
-        for known in self._known.values():
-            known.entry = known.former = None
-        return entries
-
     def clear(self) -> None:
         """Remove every hook, and forget every entry."""
-        self.outlive()
         for entry in self.entries():
             if entry.handle is not None:
                 entry.handle.remove()

@@ -246,19 +246,20 @@ class Part:
 class StepInProgress:
     """One optimizer step that runs: the parts of all handles, and its depth among the steps that run."""
 
-    __slots__ = ("__weakref__", "depth", "last_hook", "optimizer", "parts")
+    __slots__ = ("__weakref__", "depth", "ended", "hooks", "optimizer", "parts")
 
     def __init__(self, optimizer: Optimizer, parts: list[Part], depth: int) -> None:
         self.optimizer = optimizer
         self.parts = parts
         self.depth = depth
-        self.last_hook: RemovableHandle | None = None  # decays after the step pre-hooks of others
+        self.ended = False
+        # On the optimizer: one after the step pre-hooks of others, one before their post-hooks.
+        self.hooks: list[RemovableHandle] = []
 
     def drop(self) -> None:
         """The step has ended, or has raised."""
-        if self.last_hook is not None:
-            self.last_hook.remove()
-            self.last_hook = None
+        while self.hooks:
+            self.hooks.pop().remove()
 
     def part_of(self, engine: Engine) -> Part | None:
         """The part of one handle."""
