@@ -183,3 +183,55 @@ def test_a_callable_argument_of_step_that_is_no_closure(mode: str) -> None:
             yield model
 
     check(loop, RIGHT)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@both_moments
+def test_a_discarded_pass_and_create_graph(at: str) -> None:
+    """A backward pass is thrown away, and the next one is a backward(create_graph=True).
+
+    Autograd copies a first gradient then, and the copy has a version of its own.
+    """
+
+    def loop(decay: Any) -> Any:
+        model = lines(2)
+        optimizer = sgd(model.parameters())
+        decay.attach(model, at=at, optimizer=optimizer)
+        yield model
+        for _ in range(2):
+            optimizer.zero_grad()
+            pull(model).backward()
+            optimizer.zero_grad()
+            sum((p * p * 0.125).sum() for p in model.parameters()).backward(create_graph=True)
+            decay.now()
+            optimizer.step()
+            yield model
+
+    check(loop, RIGHT)
+
+
+@everywhere
+@pytest.mark.parametrize("to_none", [True, False])
+def test_maximize_turns_after_a_discarded_pass(mode: str, at: str, to_none: bool) -> None:
+    """Gradients are zeroed, `maximize` is switched on, and the next pass reaches one parameter.
+
+    The gradient of the other one is None or zero, so no decay with the old sign is in it.
+    """
+
+    def loop(decay: Any) -> Any:
+        model = lines(2)
+        optimizer = sgd(model.parameters())
+        decay.attach(model, mode=mode, at=at, optimizer=optimizer)
+        yield model
+        if mode == "coupled":
+            pull(model).backward()
+        optimizer.zero_grad(set_to_none=to_none)
+        optimizer.param_groups[0]["maximize"] = True
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=to_none)
+            pull(model[0]).backward()
+            decay.now(sign=-1)
+            optimizer.step()
+            yield model
+
+    check(loop, RIGHT)

@@ -282,10 +282,12 @@ class Machine(RuleBasedStateMachine):
     def operate(self, part: str, how: str) -> None:
         """Layers are inserted, wrapped, deleted: other parameters have the names that some had."""
         before = {id(p): n for n, p in self.subject.params().items()}
+        must, spoiled, self.must = self.must, self.spoiled, set()
         self.do(lambda world: world.operate(part, how))
         names = {before[id(p)]: n for n, p in self.subject.params().items()}
-        self.must = {names[n] for n in self.must}
-        self.spoiled = {names[n] for n in self.spoiled}
+        self.must = {names[n] for n in must}
+        self.spoiled = {names[n] for n in spoiled}
+        self.compare()
 
     @rule(batch=BATCHES, copied=st.booleans())
     def look_elsewhere(self, batch: int, copied: bool) -> None:
@@ -419,12 +421,12 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "each micro-batch decays": (
         window.Window,
         "when_gradient_comes",
-        lambda self, grad: window.Evidence.FRESH,
+        lambda self, grad, out_of_place: window.Evidence.FRESH,
     ),
     "fresh buffers are not known": (
         window.Window,
         "when_gradient_comes",
-        lambda self, grad: window.Evidence.SAME,
+        lambda self, grad, out_of_place: window.Evidence.SAME,
     ),
     "no net": (steps.Part, "decay", lambda *args, **kwargs: None),
     "no hooks": (passes.Passes, "pay", lambda self, notes: None),

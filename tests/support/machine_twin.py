@@ -237,7 +237,7 @@ class Twin(World):
             account = self.accounts[name]
             if account.kept and not account.paid and self.config.mode == "coupled":
                 self.warn("again", name)
-        due, params = self.due(index), self.params()
+        due, params, read = self.due(index), self.params(), self.read(index)
         old = {name: params[name].detach().clone() for name in due}
         for name in due:
             if own:
@@ -260,6 +260,8 @@ class Twin(World):
         for name in self.places[index]:
             account = self.accounts[name]
             held = account.inside or account.kept or account.derived or (own and name in due)
+            # Zeroed away unseen, so taken to be there.
+            held = held or (account.lost and name in read and name not in due)
             kept = held and self.config.mode == "coupled" and name in grads
             self.accounts[name] = Account(kept=kept, lost=account.lost and name not in due)
 

@@ -147,7 +147,7 @@ class Passes:
         grad = param.grad
         if grad is None:
             return
-        evidence = hook.when_gradient_comes(grad)
+        evidence = hook.when_gradient_comes(grad, out_of_place=torch.is_grad_enabled())
         in_gradient = self._state.config.in_gradient
         answer = self._table(hook)[evidence]
         zeroed = answer is Answer.ASK and self._witness.says_zeroed(hook, grad)

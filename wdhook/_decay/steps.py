@@ -232,7 +232,7 @@ class Part:
                 if entry.stamp != steps and param.grad is not None:
                     found.append((param, entry))
         # Some optimizers put zeros where there was no gradient. Read only where something is to be said.
-        return [(p, e) for p, e in found if _is_not_zero(p.grad)]
+        return [(p, e) for p, e in found if tensors.is_not_zero(p.grad)]
 
     def _let_gradients_be_swapped(self) -> None:
         """Drop weak references to gradients where converting a model swaps tensors, which refuses those."""
@@ -279,8 +279,3 @@ def may_be_replayed(grad: Tensor) -> bool:
 
 def _holds(entry: Entry, grad: Tensor) -> bool:
     return entry.buffer is not None and is_(entry.buffer(), grad)
-
-
-def _is_not_zero(grad: Any) -> bool:
-    content = tensors.content(grad)
-    return content is not None and bool(content)

@@ -184,11 +184,12 @@ class Window:
         if self.buffer is None or self.buffer() is not grad:
             self.born = min(self.born, version(grad))
 
-    def when_gradient_comes(self, grad: Tensor) -> Evidence:
+    def when_gradient_comes(self, grad: Tensor, out_of_place: bool = False) -> Evidence:
         """Evidence after autograd has added to `grad`, for decay that lives in gradients.
 
         Args:
             grad: the gradient as it is in the hook.
+            out_of_place: autograd changes no gradient in place, as under ``backward(create_graph=True)``.
         """
         if not self.paid:
             return E.UNPAID
@@ -196,7 +197,7 @@ class Window:
             return self._of_same(grad)
         if _is_sum(grad):
             return E.SUM
-        if self._is_fresh(grad):
+        if out_of_place or self._is_fresh(grad):
             return E.FRESH
         return E.UNKNOWN
 
