@@ -137,6 +137,7 @@ class Passes:
 
     def dismiss(self) -> None:
         """Remove the sentinels: a step was announced, or the handle is closed."""
+        self.unannounced.forget()
         while self._sentinels:
             self._sentinels.pop().handle.remove()
 
@@ -171,7 +172,9 @@ class Passes:
         grad = param.grad
         if grad is None:
             return
-        evidence = hook.when_gradient_comes(grad, in_buckets=is_distributed())
+        evidence = hook.when_gradient_comes(
+            grad, in_buckets=is_distributed(), out_of_place=torch.is_grad_enabled()
+        )
         in_gradient = self._state.config.in_gradient
         answer = self._table(hook)[evidence]
         zeroed = answer is Answer.ASK and self._witness.says_zeroed(hook, grad)

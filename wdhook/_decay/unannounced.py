@@ -57,11 +57,15 @@ class Unannounced:
         ):  # the first may be a weight loaded after a trial, or the first half of SAM
             self._rules.tell("unannounced-steps", Facts(self._state, who=who.name))
 
+    def forget(self) -> None:
+        """Forget the parameter, whose entry is to die with it."""
+        self._asked = self._who = _nobody
+        self._head = None
+
     def remember(self, who: Named, param: Tensor) -> None:
         """Keep some values of a parameter, as they are when wdhook is done with it in a pass."""
         if self._state.announced:
-            self._asked = self._who = _nobody
-            self._head = None
+            self.forget()
         if who is not self._asked():
             return
         self._who = weakref.ref(who)
