@@ -67,9 +67,8 @@ class Engine:
 
     def _track(self) -> None:
         parameters, covered = self.state.parameters, []
-        decided = parameters.decided()
         for found in parameters.walk():
-            entry = parameters.track(found.param, decided.get(id(found.param)))
+            entry = parameters.track(found.param, parameters.known(found.param))
             if entry is not None:
                 self.passes.cover(found.param, entry)
                 if found.param.requires_grad and not is_lazy(found.param):

@@ -26,6 +26,9 @@ class Peak:
         self.value = value
 
 
+_NO_PEAK = Peak()  # of all parameters whose optimizer is not known; nothing is noted in it
+
+
 class Receipt:
     """What several parameters were decayed with.
 
@@ -58,7 +61,7 @@ class Progress:
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.peak = Peak()
+        self.peak = _NO_PEAK
 
 
 class Terms:

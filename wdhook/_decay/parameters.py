@@ -54,7 +54,7 @@ class Known:
         self.module = weakref.ref(found.module)
         self.local = found.local
         self.kind = type(found.module).__qualname__
-        self.shape = _shape(found.param)
+        self.shape = self.decision.shape or _shape(found.param)
         self.memory: StorageWeakRef | None = storage_of(found.param)
 
     def is_tensor(self, found: Found) -> bool:
@@ -147,6 +147,10 @@ class Parameters:
             result |= self._decide(strangers, set(map(id, result.values())))
             self._known |= result
         return result
+
+    def known(self, param: Tensor) -> Known | None:
+        """What was decided for a tensor when the handle was made."""
+        return self._known.get(id(param))
 
     def _is_hooked(self, param: Tensor) -> bool:
         """One of our hooks is on the parameter, and so it is the one that was hooked."""
