@@ -10,6 +10,8 @@ from typing import Any
 
 from .._decay.arguments import MODES, MOMENTS
 from .._decay.attach import attach
+from .._plan.decide import plan
+from .._plan.plan import Plan
 from .examination import Examination
 from .findings import SEVERITIES, Finding
 from .inputs import parse_kwargs
@@ -63,7 +65,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         "what is attached, where make() has not attached anything itself"
     )
     attached.add_argument(
-        "--mode", choices=MODES, default="coupled", help="as in wdhook.attach (default: coupled)"
+        "--mode", choices=MODES, help="as in wdhook.attach (default: coupled)"
     )
     attached.add_argument(
         "--at", choices=MOMENTS, default="backward", help="as in wdhook.attach (default: backward)"
@@ -86,7 +88,11 @@ def run(arguments: argparse.Namespace) -> int:
         made = call(made, arguments.target, parse_kwargs(arguments.kwargs))
     training = training_of(made, arguments.target, arguments.input)
     examination = Examination(
-        training, lambda: _attach(training, arguments), arguments.mode, arguments.at
+        training,
+        lambda: _attach(training, arguments),
+        lambda: _plan(training, arguments),
+        arguments.mode,
+        arguments.at,
     )
     examination.run()
     if arguments.json:
@@ -94,6 +100,15 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(examination)
     return FOUND if any(finding.severity != "note" for finding in examination.findings) else 0
+
+
+def _plan(training: Training, arguments: argparse.Namespace) -> Plan:
+    return plan(
+        training.model,
+        arguments.weight_decay,
+        overrides=overrides_of(arguments),
+        recipe=arguments.recipe,
+    )
 
 
 def _attach(training: Training, arguments: argparse.Namespace) -> Any:
@@ -120,8 +135,9 @@ def _as_json(examination: Examination, arguments: argparse.Namespace) -> dict[st
         "steps": sum(examination.seen.steps.values()),
         "tensors": len(examination.names),
         "attached": [
-            {"by": "make" if examination.was_attached else "doctor", "weight_decay": e.weight_decay,
-             "mode": e.settings.mode, "at": e.settings.at, "decayed_tensors": len(e.plan.decayed)}
+            {"by": "make" if examination.was_attached else "doctor",
+             "weight_decay": e.state.rate.weight_decay, "mode": e.state.config.mode,
+             "at": e.state.config.at, "decayed_tensors": len(e.plan.decayed)}
             for e in engines
         ],
         "findings": [finding.as_dict() for finding in examination.findings],
@@ -136,7 +152,7 @@ def _print(examination: Examination) -> None:
     print(f"{type(training.model).__name__}, {len(examination.names)} tensors; {kinds}, {heard}")
     who = "attached by make()" if examination.was_attached else "attached for this look"
     for engine in examination.engines:
-        settings = engine.settings
+        settings = engine.state.config
         print(f"{who}: {engine.plan!r}, mode={settings.mode!r}, at={settings.at!r}")
     print()
     for finding in examination.findings:

@@ -139,6 +139,11 @@ class Rules:
         for rule, problem in self.problems(moment, facts):
             self._say(rule, problem)
 
+    def look(self, id: str, facts: Facts) -> list[Problem]:  # noqa: A002
+        """The problems of one rule, at any moment and whether or not it applies."""
+        _, looks = self._looks[id]
+        return list(looks(facts))
+
     def tell(self, id: str, facts: Facts) -> None:  # noqa: A002
         """Say what a rule has to say of a situation that the caller has met."""
         rule, looks = self._looks[id]

@@ -32,8 +32,9 @@ def own_decay(facts: Facts) -> Iterator[Problem]:
         if active is None:
             continue
         group = facts.optimizer.param_groups[index]
+        names = [e.name for terms, pairs in buckets if terms.weight_decay for _, e in pairs]
         for where, own in _own_decays(facts.optimizer, facts.owned, index, group):
-            yield _double(facts, f"{where} = {own}", *active)
+            yield _double(facts, f"{where} = {own}", active, tuple(names))
 
 
 def _own_decays(
@@ -52,19 +53,22 @@ def _own_decays(
             yield place, value
 
 
-def _double(facts: Facts, where: str, terms: Terms, param: Any, entry: Entry) -> Problem:
+def _double(
+    facts: Facts, where: str, active: tuple[Terms, Any, Entry], names: tuple[str, ...]
+) -> Problem:
+    terms, param, entry = active
     return Problem(
         "The optimizer decays a parameter that wdhook decays too.",
-        "Construct the optimizer with weight_decay=0, or let wdhook take over before it is attached: "
-        "wdhook.adopt(model, optimizer). With this handle: for group in optimizer.param_groups: "
-        'group["weight_decay"] = 0.0. A loaded optimizer checkpoint brings its weight_decay back: '
-        "set it to 0 after optimizer.load_state_dict(...)",
+        "Construct the optimizer with weight_decay=0, or let wdhook take over before it is "
+        "attached: wdhook.adopt(model, optimizer). With this handle: for group in "
+        'optimizer.param_groups: group["weight_decay"] = 0.0. A loaded optimizer checkpoint '
+        "brings its weight_decay back: set it to 0 after optimizer.load_state_dict(...)",
         {
             "parameter": facts.state.describe(entry.name, param),
             "optimizer": f"{facts.optimizer_name}, {where}",
             "wdhook": f"weight_decay = {terms.weight_decay:g}",
         },
-        (entry.name,),
+        names,
     )
 
 
