@@ -483,7 +483,7 @@ def test_other_warnings_of_wdhook_are_findings(doctor: Callable[..., Any]) -> No
     assert [str(w.message) for w in caught] == ["of the user"]
 
 
-# -- false alarms -----------------------------------------------------------------------------------
+# -- false alarms ----------------------------------------------------------------------------------
 
 
 def loss_and(net: nn.Module, optimizer: Any, *others: Any) -> Make:

@@ -21,6 +21,12 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 OPTIMIZER_FILE = Optimizer.profile_hook_step.__code__.co_filename
 """The file of the wrapper that torch puts around every step: a frame of it is a step that runs."""
 
+STATE_MAKERS = frozenset({"_init_optim_state"})
+"""Functions of torch.distributed.checkpoint that step an optimizer to make its state."""
+
+COMPILED_FROM = "_torchdynamo_orig_callable"
+"""The attribute of a compiled function that holds the function before compilation."""
+
 
 # Autograd --------------------------------------------------------------------------------------
 
@@ -86,9 +92,9 @@ def is_view(tensor: Tensor) -> bool:
     return tensor._is_view()
 
 
-def base_of(tensor: Tensor) -> Tensor | None:
-    """The tensor that a view is a slice of."""
-    return tensor._base
+def sparse_values(tensor: Tensor) -> Tensor:
+    """The values of a sparse tensor, in which indices may repeat. `Tensor.values` refuses those."""
+    return tensor._values()
 
 
 def storage_of(tensor: Tensor) -> StorageWeakRef | None:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .._base.errors import LearningRateError, UnsupportedOptimizerError
 from .._base.problem import Problem
+from .._base.torch_private import COMPILED_FROM
 from .tensors import Number
 
 _SEQUENCES = {"z", "x0", "x_k"}  # of ScheduleFree and FTRL; MADGRAD and dual averaging; A2Grad
@@ -175,7 +176,7 @@ def _leads_to_class(step: Any, optimizer: Optimizer, depth: int = 4) -> bool:
         return True
     inside = [
         getattr(step, name, None)
-        for name in ("__wrapped__", "__func__", "func", "_torchdynamo_orig_callable")
+        for name in ("__wrapped__", "__func__", "func", COMPILED_FROM)
     ]
     cells = getattr(step, "__closure__", None) or ()
     for cell in cells:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from .._base.torch_private import is_view
 from .entry import Due
 from .formulas import How, Rest
 from .state import State
@@ -62,7 +63,7 @@ def _doubt(due: Due) -> None:
 
 def _look_again(priced: list[tuple[Due, Number, float]]) -> None:
     """Note the versions once more: slices of one buffer share them, and later writes have changed them."""
-    if len(priced) < 2 and not any(due.grads[0]._is_view() for due, _, _ in priced):
+    if len(priced) < 2 and not any(is_view(due.grads[0]) for due, _, _ in priced):
         return
     for due, _, _ in priced:
         for _, grad, entry in due:
