@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ..._base.errors import LearningRateError
 from ..._base.problem import Problem
 from ..._base.torch_private import micro_batches, pipeline_schedules, stages
 from ..._base.validate import is_number
@@ -81,13 +82,18 @@ def first_active(buckets: list[Bucket]) -> tuple[Terms, Any, Entry] | None:
 
 
 def lr_is_known(facts: Facts) -> Iterator[Problem]:
-    """Raise what `learning_rate` raises, for each param group with a decayed parameter."""
+    """Find param groups with decayed parameters, and without a learning rate to decay by."""
     lr = facts.state.config.lr
     for index, buckets in enumerate(facts.owned.buckets):
-        if first_active(buckets) is not None:
-            group = facts.optimizer.param_groups[index]
+        if first_active(buckets) is None:
+            continue
+        group = facts.optimizer.param_groups[index]
+        try:
             check_lr(learning_rate(group, lr), group)
-    yield from ()
+        except LearningRateError as error:
+            if error.problem is None:
+                raise
+            yield error.problem
 
 
 class LrIsThatOfTheStep:
