@@ -1,4 +1,4 @@
-"""Every rule of the engine: a training that breaks it, and one with a single difference that does not.
+"""Every rule of the engine: a training that breaks it, and one beside it that does not.
 
 From the id in an error or a warning one finds its training here: ``pytest -k own-decay``.
 """

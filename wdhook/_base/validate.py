@@ -1,4 +1,4 @@
-"""Reading the numbers that users give."""
+"""Reads numbers of users."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def check_factor(value: object, argument: str = "weight_decay") -> float:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is a real number (of numpy's, too), and not a truth value."""
+    """Tell a real number (of numpy, too) from a truth value and other objects."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
