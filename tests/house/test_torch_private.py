@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -355,6 +355,25 @@ def test_a_compiled_function_holds_the_one_before() -> None:
     optimizer = SGD([leaf()], lr=0.1)
     compiled = torch.compile(optimizer.step, backend="eager")
     assert getattr(compiled, door.COMPILED_FROM) == optimizer.step
+
+
+# -- distributed -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("group")
+def test_an_optimizer_in_a_communication_hook() -> None:
+    """A communication hook with an optimizer step is told from one that averages."""
+    hooks = pytest.importorskip("torch.distributed.algorithms.ddp_comm_hooks")
+    overlap = pytest.importorskip(f"{hooks.__name__}.optimizer_overlap_hooks")
+    average = pytest.importorskip(f"{hooks.__name__}.default_hooks").allreduce_hook
+    plain, averages, steps = (nn.parallel.DistributedDataParallel(nn.Linear(2, 2)) for _ in "123")
+    averages.register_comm_hook(None, average)
+    functional = SimpleNamespace(step_param=lambda param, grad: None)
+    state = overlap._OptimizerHookState(functional)
+    steps.register_comm_hook(None, overlap._hook_then_optimizer(average, state))
+    assert not door.steps_in_communication_hook(plain)
+    assert not door.steps_in_communication_hook(averages)
+    assert door.steps_in_communication_hook(steps)
 
 
 # -- pipelines -------------------------------------------------------------------------------------

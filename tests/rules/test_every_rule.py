@@ -537,6 +537,22 @@ def unannounced_steps(broken: bool, _: Any) -> None:
                 param.sub_(param.grad, alpha=LR)
 
 
+@training_of("moved-in-the-pass")
+def moved_in_the_pass(broken: bool, _: Any) -> None:
+    """A hook of autograd's own nodes updates each parameter as its gradient comes."""
+    model = perceptron()
+    wdhook.attach(model, λ)
+
+    def update(node: Any) -> None:
+        with torch.no_grad():
+            node.variable.sub_(node.variable.grad, alpha=LR)
+
+    nodes = [param.expand_as(param).grad_fn.next_functions[0][0] for param in model.parameters()]
+    for node in nodes if broken else ():
+        node.register_hook(lambda *_, node=node: update(node))
+    backward(model)
+
+
 @training_of("schedule-waits")
 def schedule_waits(broken: bool, _: Any) -> None:
     """1001 backward passes under a schedule, with a step in between or without."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -41,7 +42,7 @@ def at_the_end_of_the_pass(call: Callable[[], None]) -> None:
     is queued by a callback comes after theirs.
     """
     queue = torch.autograd.Variable._execution_engine.queue_callback
-    queue(lambda: queue(call))
+    queue(partial(queue, call))  # no Python frame, which Dynamo would look at
 
 
 def in_compiled_autograd() -> bool:
@@ -66,7 +67,7 @@ def register_first(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHa
 
 
 def hooks_of(param: Tensor) -> Mapping[int, Any]:
-    """Post-accumulate-grad hooks of a hooked parameter, inside a hook above all."""
+    """Post-accumulate-grad hooks of a parameter that has some, or has had some."""
     return param._post_accumulate_grad_hooks
 
 
@@ -156,6 +157,18 @@ def never_compiled(function: _F) -> _F:
         'wdhook decays in hooks, which run in Python; at="step" has none in the backward'
     )
     return function
+
+
+# Distributed -----------------------------------------------------------------------------------
+
+
+def steps_in_communication_hook(replica: Any) -> bool:
+    """Tell a DistributedDataParallel module with an optimizer step in its communication hook.
+
+    The hooks of torch.distributed.algorithms that do so have "optimizer" in their names.
+    """
+    hooks = getattr(replica, "_comm_hooks", ())
+    return any("optimizer" in getattr(hook, "__qualname__", "") for hook, *_ in hooks)
 
 
 # Pipelines -------------------------------------------------------------------------------------

@@ -138,6 +138,18 @@ def unannounced_steps(facts: Facts) -> Iterator[Problem]:
     )
 
 
+def moved_in_the_pass(facts: Facts) -> Iterator[Problem]:
+    """Report a parameter updated in the backward pass before its decay."""
+    yield _of_parameter(
+        facts,
+        "A parameter was changed in place during the backward pass, after its gradient had come "
+        "and before the decay, which is added when the pass ends: if that was its update, this "
+        "decay is lost.",
+        "Step in a post-accumulate-grad hook of the parameter (decay then comes first), or with an "
+        "optimizer whose step() torch announces",
+    )
+
+
 def schedule_waits(facts: Facts) -> Iterator[Problem]:
     """Report a schedule of λ without an optimizer step to move along."""
     yield Problem(

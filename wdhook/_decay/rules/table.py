@@ -424,6 +424,18 @@ RULES = (
         asked=True,
     ),
     Rule(
+        "moved-in-the-pass",
+        WdhookWarning,
+        Moment.BACKWARD,
+        gradients.moved_in_the_pass,
+        situation=(
+            "a parameter is updated during the backward pass, by something that is no "
+            "post-accumulate-grad hook of it"
+        ),
+        answer="its decay comes when the pass ends, too late",
+        asked=True,
+    ),
+    Rule(
         "schedule-waits",
         WdhookWarning,
         Moment.BACKWARD,
