@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from .._base.errors import LearningRateError, UnsupportedOptimizerError
 from .._base.problem import Problem
+from .._base.torch_private import COMPILED_FROM
 from .tensors import Number
 
 _SEQUENCES = {"z", "x0", "x_k"}  # of ScheduleFree and FTRL; MADGRAD and dual averaging; A2Grad
@@ -185,7 +186,7 @@ def _leads_to_class(step: Any, optimizer: Optimizer, depth: int = 4) -> bool:
 
 def _wrapped_by(step: Any) -> Iterator[Any]:
     """What a function wraps: by attribute, or in the cells of a closure."""
-    for name in ("__wrapped__", "__func__", "func", "_torchdynamo_orig_callable"):
+    for name in ("__wrapped__", "__func__", "func", COMPILED_FROM):
         yield getattr(step, name, None)
     for cell in getattr(step, "__closure__", None) or ():
         with suppress(ValueError):  # an empty cell

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._base.torch_private import sparse_values
+
 Number = float | Tensor
 """A Python number, or a 0-dim tensor that stays on its device."""
 
@@ -125,7 +127,7 @@ def content(grad: Tensor) -> Tensor | None:
     None where there is no element: a shard may be empty.
     """
     local: Tensor = grad.to_local() if hasattr(grad, "to_local") else grad
-    values = local._values() if local.is_sparse else local
+    values = sparse_values(local) if local.is_sparse else local
     return values.any() if values.numel() else None
 
 
