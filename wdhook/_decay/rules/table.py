@@ -42,6 +42,11 @@ def parameter_in_backward(state: State) -> bool:
     return in_parameter(state) and in_backward(state)
 
 
+def at_step(state: State) -> bool:
+    """Decay is paid at the optimizer step."""
+    return not state.config.in_backward
+
+
 def default_mode(state: State) -> bool:
     """The caller has named no mode."""
     return not state.config.said_mode
@@ -420,7 +425,9 @@ RULES = (
             "parameters move between backward passes, and torch announces no step: a loop without "
             "`torch.optim`, an optimizer whose `step` is replaced or never called"
         ),
-        answer='at `"backward"` each move counts as a step; at `"step"` nothing is decayed',
+        answer='at `"step"` nothing is decayed; at `"backward"` each move counts as a step, which '
+        "is right and needs no word",
+        applies=at_step,
         asked=True,
     ),
     Rule(
