@@ -16,7 +16,10 @@ import torch
 from imports import FILES, PACKAGE
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from wdhook._base import torch_private as door
 
@@ -294,6 +297,27 @@ def test_the_hooks_of_a_step_run_in_the_order_that_is_read() -> None:
     assert len(door.process_step_pre_hooks()) == before
 
 
+def test_the_hooks_after_a_step() -> None:
+    """First the optimizer's own, of which ours can be the first, then those of the process."""
+    optimizer = SGD([leaf()], lr=0.1)
+    called: list[str] = []
+    before = len(door.process_step_post_hooks())
+    assert not door.step_post_hooks(optimizer)
+    optimizer.register_step_post_hook(lambda *_: called.append("own"))
+    ours = door.register_first_step_post_hook(optimizer, lambda *_: called.append("ours"))
+    handle = register_optimizer_step_post_hook(lambda *_: called.append("process"))
+    try:
+        assert len(door.process_step_post_hooks()) == before + 1
+        assert len(door.step_post_hooks(optimizer)) == 2
+        optimizer.step()
+        ours.remove()
+        optimizer.step()
+    finally:
+        handle.remove()
+    assert called == ["ours", "own", "process", "own", "process"]
+    assert len(door.process_step_post_hooks()) == before
+
+
 def test_a_checkpoint_makes_its_state_in_a_function_of_this_name() -> None:
     """The steps of torch.distributed.checkpoint that make a state have such a frame below them."""
     state_dict = pytest.importorskip("torch.distributed.checkpoint.state_dict")
@@ -431,6 +455,8 @@ ALLOWED = {
     "_modules": "of nn.Module: likewise",
     "_foreach_add_": "the kernel of torch.optim, public by use",
     "_foreach_mul_": "the kernel of torch.optim, public by use",
+    "_foreach_norm": "the kernel of gradient clipping, public by use",
+    "_fsdp_flattened": "of the plan's check of shapes: the mark of FSDP1 on its parameters",
     "_ConvNd": "the base class of the public convolutions",
     "_NormBase": "the base class of the public normalizations",
     "_BatchNorm": "the base class of the public normalizations, which recipes name",
@@ -438,7 +464,6 @@ ALLOWED = {
     "_python_dispatch": "of the audit's dispatch modes, the only way to see operations",
     "_schema": "of operations in the audit's dispatch modes",
     "_cdata": "of storages in the audit's dispatch modes",
-    "_to_copy": "an operation in the audit's dispatch modes",
     "_fields": "of named tuples, of Python",
     "_getframe": "of sys, of Python",
     "_ActionsContainer": "of argparse, of Python: for annotations",

@@ -67,8 +67,8 @@ def register_first(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHa
 
 
 def hooks_of(param: Tensor) -> Mapping[int, Any]:
-    """Post-accumulate-grad hooks of a parameter that has some, or has had some."""
-    return param._post_accumulate_grad_hooks
+    """Post-accumulate-grad hooks of a parameter, in the order in which autograd calls them."""
+    return param._post_accumulate_grad_hooks or {}
 
 
 # Tensors ---------------------------------------------------------------------------------------
@@ -127,6 +127,28 @@ def step_pre_hooks(optimizer: Optimizer) -> dict[int, Any]:
     torch has no public way to be the last hook.
     """
     return optimizer._optimizer_step_pre_hooks
+
+
+def step_post_hooks(optimizer: Optimizer) -> dict[int, Any]:
+    """The optimizer's own step post-hooks, which torch runs before those of the process."""
+    return optimizer._optimizer_step_post_hooks
+
+
+def register_first_step_post_hook(
+    optimizer: Optimizer, hook: Callable[..., None]
+) -> RemovableHandle:
+    """Register a step post-hook that runs before those which are there already: they may raise."""
+    handle: RemovableHandle = optimizer.register_step_post_hook(hook)
+    hooks: Any = optimizer._optimizer_step_post_hooks
+    hooks.move_to_end(handle.id, last=False)
+    return handle
+
+
+def process_step_post_hooks() -> dict[int, Any]:
+    """The step post-hooks of the process, in the order in which torch runs them."""
+    from torch.optim import optimizer
+
+    return optimizer._global_optimizer_post_hooks
 
 
 def process_step_pre_hooks() -> dict[int, Any]:

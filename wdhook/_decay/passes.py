@@ -82,7 +82,7 @@ class Sentinel:
     """A hook on one of a few parameters, where decay waits for a step: notices that none is
     announced."""
 
-    __slots__ = ("handle", "name", "unannounced")
+    __slots__ = ("__weakref__", "handle", "name", "unannounced")
 
     def __init__(self, name: str, unannounced: Unannounced) -> None:
         self.name = name
@@ -137,6 +137,7 @@ class Passes:
 
     def dismiss(self) -> None:
         """Remove the sentinels: a step was announced, or the handle is closed."""
+        self.unannounced.forget()
         while self._sentinels:
             self._sentinels.pop().handle.remove()
 
@@ -171,7 +172,9 @@ class Passes:
         grad = param.grad
         if grad is None:
             return
-        evidence = hook.when_gradient_comes(grad, in_buckets=is_distributed())
+        evidence = hook.when_gradient_comes(
+            grad, in_buckets=is_distributed(), out_of_place=torch.is_grad_enabled()
+        )
         in_gradient = self._state.config.in_gradient
         answer = self._table(hook)[evidence]
         zeroed = answer is Answer.ASK and self._witness.says_zeroed(hook, grad)

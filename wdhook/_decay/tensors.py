@@ -131,6 +131,12 @@ def content(grad: Tensor) -> Tensor | None:
     return values.any() if values.numel() else None
 
 
+def is_not_zero(grad: Any) -> bool:
+    """Tell a gradient with an element that is not zero. Synchronises."""
+    some = content(grad)
+    return some is not None and bool(some)
+
+
 def add_rows_(grad: Tensor, param: Tensor, weight_decay: Number, seen: Tensor | None) -> Tensor:
     """Coupled decay of a sparse gradient: only rows of `param` that it names, and not in `seen`.
 

@@ -25,6 +25,7 @@ from ..optimizers import (
 )
 from ..ownership import Bucket, View
 from ..rate import check_lr
+from ..tensors import is_not_zero
 from .base import Facts
 
 # Own decay -------------------------------------------------------------------------------------
@@ -200,9 +201,16 @@ def sign_has_turned(facts: Facts) -> Iterator[Problem]:
         group = facts.optimizer.param_groups[index]
         sign = -1.0 if maximizes(facts.optimizer, group) else 1.0
         for _, pairs in buckets:
-            turned = next((e for _, e in pairs if e.receipt.sign != sign and e.paid), None)
+            turned = next((e for p, e in pairs if _has_turned(p, e, sign)), None)
             if turned is not None:
                 yield _turned(facts, turned, sign)
+
+
+def _has_turned(param: Tensor, entry: Entry, sign: float) -> bool:
+    """Tell a gradient with a decay of the other sign. Only suspects are read."""
+    if entry.receipt.sign == sign or not entry.paid or param.grad is None:
+        return False
+    return is_not_zero(param.grad)  # a zeroed gradient holds none
 
 
 def _turned(facts: Facts, entry: Entry, sign: float) -> Problem:
