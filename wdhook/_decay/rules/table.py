@@ -12,40 +12,16 @@ from ..._base.errors import (
     UnsupportedOptimizerError,
     WdhookWarning,
 )
-from ..state import State
 from . import gradients, optimizers, ownership, scaling
 from .base import Moment, Rule
-
-
-def in_gradient(state: State) -> bool:
-    """Decay is added to gradients."""
-    return state.config.in_gradient
-
-
-def in_parameter(state: State) -> bool:
-    """Decay changes parameters."""
-    return not state.config.in_gradient
-
-
-def in_backward(state: State) -> bool:
-    """Decay is paid in the backward pass."""
-    return state.config.in_backward
-
-
-def gradient_in_backward(state: State) -> bool:
-    """Decay is added to gradients in the backward pass."""
-    return in_gradient(state) and in_backward(state)
-
-
-def parameter_in_backward(state: State) -> bool:
-    """Decay changes parameters in the backward pass."""
-    return in_parameter(state) and in_backward(state)
-
-
-def default_mode(state: State) -> bool:
-    """The caller has named no mode."""
-    return not state.config.said_mode
-
+from .conditions import (
+    default_mode,
+    gradient_in_backward,
+    in_backward,
+    in_gradient,
+    in_parameter,
+    parameter_in_backward,
+)
 
 RULES = (
     # At `attach`.
