@@ -438,7 +438,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "no hooks": (passes.Passes, "pay", lambda self, notes: None),
     "scaled too weakly": (tensors, "loss_scale", lambda scaler, device: None),
     "schedules stand still": (rate.Rate, "advance", lambda self, clock: None),
-    "silent": (rules.Rules, "tell", lambda self, id, facts: None),
+    "silent": (rules.Rules, "tell", lambda self, rule, facts: None),
     "nothing is marked": (window.Window, "pay", lambda self, grad: None),
 }
 

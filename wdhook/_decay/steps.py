@@ -68,6 +68,7 @@ class Part:
             self.sample = self.view.sample.detach().clone()
         if self.view.owns_any():
             self.engine.state.announced = True
+            self.engine.passes.forget()
             self.engine.state.captured |= is_capturing()
 
     def was_moved(self) -> bool:
