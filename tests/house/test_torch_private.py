@@ -147,6 +147,18 @@ def test_the_hooks_of_a_parameter_inside_of_a_hook() -> None:
     assert seen == [1, 2, 1]
 
 
+def test_the_hooks_on_a_gradient() -> None:
+    """None or empty without hooks, and one entry for each tensor hook."""
+    param = leaf()
+    assert not door.gradient_hooks(param)
+    handle = param.register_hook(lambda grad: None)
+    assert len(door.gradient_hooks(param)) == 1
+    handle.remove()
+    assert not door.gradient_hooks(param)
+    param.register_post_accumulate_grad_hook(lambda p: None)
+    assert not door.gradient_hooks(param)
+
+
 # -- tensors ---------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeVar, cast
 
 import torch
@@ -69,6 +70,10 @@ def register_first(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHa
 def hooks_of(param: Tensor) -> Mapping[int, Any]:
     """Post-accumulate-grad hooks of a parameter, in the order of the calls."""
     return param._post_accumulate_grad_hooks or {}
+
+
+gradient_hooks = attrgetter("_backward_hooks")
+"""Hooks on the gradient of a tensor; LOMO updates parameters in those of other parameters."""
 
 
 # Tensors ---------------------------------------------------------------------------------------

@@ -30,6 +30,11 @@ def parameter_in_backward(state: State) -> bool:
     return in_parameter(state) and in_backward(state)
 
 
+def at_step(state: State) -> bool:
+    """Decay is paid at the optimizer step."""
+    return not state.config.in_backward
+
+
 def default_mode(state: State) -> bool:
     """The caller has named no mode."""
     return not state.config.said_mode

@@ -15,6 +15,7 @@ from ..._base.errors import (
 from . import gradients, optimizers, ownership, scaling
 from .base import Moment, Rule
 from .conditions import (
+    at_step,
     default_mode,
     gradient_in_backward,
     in_backward,
@@ -396,7 +397,9 @@ RULES = (
             "parameters move between backward passes, and torch announces no step: a loop without "
             "`torch.optim`, an optimizer whose `step` is replaced or never called"
         ),
-        answer='at `"backward"` each move counts as a step; at `"step"` nothing is decayed',
+        answer='at `"step"` nothing is decayed; at `"backward"` each move counts as a step, which '
+        "is right and needs no word",
+        applies=at_step,
         asked=True,
     ),
     Rule(
