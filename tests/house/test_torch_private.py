@@ -147,18 +147,6 @@ def test_the_hooks_of_a_parameter_inside_of_a_hook() -> None:
     assert seen == [1, 2, 1]
 
 
-def test_the_hooks_on_a_gradient() -> None:
-    """None or empty without hooks, and one entry for each tensor hook."""
-    param = leaf()
-    assert not door.gradient_hooks(param)
-    handle = param.register_hook(lambda grad: None)
-    assert len(door.gradient_hooks(param)) == 1
-    handle.remove()
-    assert not door.gradient_hooks(param)
-    param.register_post_accumulate_grad_hook(lambda p: None)
-    assert not door.gradient_hooks(param)
-
-
 # -- tensors ---------------------------------------------------------------------------------------
 
 
@@ -310,25 +298,44 @@ def test_the_hooks_of_a_step_run_in_the_order_that_is_read() -> None:
     assert len(door.process_step_pre_hooks()) == before
 
 
-def test_the_hooks_after_a_step() -> None:
-    """First the optimizer's own, of which ours can be the first, then those of the process."""
-    optimizer = SGD([leaf()], lr=0.1)
+def test_a_step_post_hook_that_comes_first() -> None:
+    """torch runs an optimizer's own step post-hooks in the order of their dict, then those of the
+    process; one that is put first comes before all others, and goes with its handle."""
     called: list[str] = []
+    optimizer = SGD([leaf()], lr=0.1)
     before = len(door.process_step_post_hooks())
-    assert not door.step_post_hooks(optimizer)
-    optimizer.register_step_post_hook(lambda *_: called.append("own"))
-    ours = door.register_first_step_post_hook(optimizer, lambda *_: called.append("ours"))
     handle = register_optimizer_step_post_hook(lambda *_: called.append("process"))
+    optimizer.register_step_post_hook(lambda *_: called.append("own"))
+    first = door.register_first_step_post_hook(optimizer, lambda *_: called.append("first"))
     try:
         assert len(door.process_step_post_hooks()) == before + 1
         assert len(door.step_post_hooks(optimizer)) == 2
         optimizer.step()
-        ours.remove()
-        optimizer.step()
     finally:
         handle.remove()
-    assert called == ["ours", "own", "process", "own", "process"]
+        first.remove()
+    assert called == ["first", "own", "process"]
+    assert len(door.step_post_hooks(optimizer)) == 1
     assert len(door.process_step_post_hooks()) == before
+
+
+def test_hooks_on_a_gradient_are_seen() -> None:
+    """`register_hook` of a leaf fills the attribute; without a hook it is None or empty."""
+    param = leaf()
+    assert not door.gradient_hooks(param)
+    handle = param.register_hook(lambda grad: grad)
+    assert len(door.gradient_hooks(param)) == 1
+    handle.remove()
+    assert not door.gradient_hooks(param)
+
+
+def test_a_parameter_that_fsdp1_has_flattened_says_so() -> None:
+    """Parts of a flat parameter carry a mark of FSDP1, and no other parameter does."""
+    flat_param = pytest.importorskip("torch.distributed.fsdp._flat_param")
+    param = nn.Parameter(torch.ones(2))
+    assert not door.is_part_of_flat_parameter(param)
+    flat_param._set_fsdp_flattened(param)
+    assert door.is_part_of_flat_parameter(param)
 
 
 def test_a_checkpoint_makes_its_state_in_a_function_of_this_name() -> None:
@@ -470,8 +477,7 @@ ALLOWED = {
     "_modules": "of nn.Module: likewise",
     "_foreach_add_": "the kernel of torch.optim, public by use",
     "_foreach_mul_": "the kernel of torch.optim, public by use",
-    "_foreach_norm": "the kernel of gradient clipping, public by use",
-    "_fsdp_flattened": "of the plan's check of shapes: the mark of FSDP1 on its parameters",
+    "_foreach_norm": "the kernel of torch.nn.utils, public by use",
     "_ConvNd": "the base class of the public convolutions",
     "_NormBase": "the base class of the public normalizations",
     "_BatchNorm": "the base class of the public normalizations, which recipes name",
@@ -479,6 +485,7 @@ ALLOWED = {
     "_python_dispatch": "of the audit's dispatch modes, the only way to see operations",
     "_schema": "of operations in the audit's dispatch modes",
     "_cdata": "of storages in the audit's dispatch modes",
+    "_to_copy": "an operation in the audit's dispatch modes",
     "_fields": "of named tuples, of Python",
     "_getframe": "of sys, of Python",
     "_ActionsContainer": "of argparse, of Python: for annotations",

@@ -123,6 +123,11 @@ def is_storage_of(known: StorageWeakRef | None, tensor: Tensor) -> bool:
     return bool(known.cdata == local.untyped_storage()._cdata)
 
 
+def is_part_of_flat_parameter(param: Tensor) -> bool:
+    """Tell a parameter that FSDP1 shows as a part of its flat parameter (``use_orig_params``)."""
+    return hasattr(param, "_fsdp_flattened")
+
+
 # Optimizers ------------------------------------------------------------------------------------
 
 
