@@ -63,8 +63,8 @@ def register_first(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHa
 
 
 def hooks_of(param: Tensor) -> Mapping[int, Any]:
-    """Post-accumulate-grad hooks of a parameter that has some. Not None inside such a hook."""
-    return param._post_accumulate_grad_hooks
+    """Post-accumulate-grad hooks of a parameter, in the order in which autograd calls them."""
+    return param._post_accumulate_grad_hooks or {}
 
 
 # Tensors ---------------------------------------------------------------------------------------
