@@ -125,6 +125,20 @@ def test_a_weight_without_a_gradient_is_named() -> None:
         assert decay.check().undecayed == []
 
 
+@pytest.mark.parametrize("at", ["backward", "step"])
+def test_a_weight_that_no_optimizer_owns_is_named(at: str) -> None:
+    """Its gradient holds decay, perhaps, but nothing steps it."""
+    model = net()
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with wdhook.attach(model, 0.5, at=at) as decay:  # type: ignore[arg-type]
+        for _ in range(2):
+            step(model, optimizer)
+            model[1].zero_grad()
+        assert not decay.check().ok
+        assert decay.check().undecayed == ["1.weight"]
+        assert decay.check().decayed.keys() == {"0.weight"}
+
+
 def test_a_weight_that_the_last_step_left_out() -> None:
     """It was decayed before, which is no mistake."""
     model = net()

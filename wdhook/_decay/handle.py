@@ -136,7 +136,7 @@ def _checked(engine: Engine) -> Check:
             continue
         if not found.param.requires_grad:
             check.frozen.append(found.name)
-        elif entry is None or not entry.receipt.number:
+        elif entry is None or not entry.receipt.number or _is_unowned(entry, state.announced):
             check.undecayed.append(found.name)
         elif entry.stamp < max(0, entry.clock.steps - 1):
             check.absent.append(found.name)
@@ -144,6 +144,11 @@ def _checked(engine: Engine) -> Check:
             check.decayed[found.name] = _amount(entry, state.config.in_gradient)
             check.numel += 0 if is_lazy(found.param) else found.param.numel()
     return check
+
+
+def _is_unowned(entry: Entry, announced: bool) -> bool:
+    """Steps were announced, and none of an optimizer that owns the parameter."""
+    return announced and entry.terms.owner is None
 
 
 def _amount(entry: Entry, in_gradient: bool) -> float:
