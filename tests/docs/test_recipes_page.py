@@ -20,6 +20,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 BLOCK = re.compile(r"^## (?P<title>.+?)$|^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINES = 40  # of code: a script that can be read at a glance
 PROCESSES = {"DistributedDataParallel", "FSDP2"}
+CLI = "LightningCLI and YAML"
+YAML = "".join(re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL))
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": str(PAGE.parents[1]),
@@ -40,7 +42,7 @@ def scripts() -> dict[str, str]:
 
 
 SCRIPTS = scripts()
-ALONE = [title for title in SCRIPTS if title not in PROCESSES]
+ALONE = [title for title in SCRIPTS if title not in {*PROCESSES, CLI}]
 
 
 def run(title: str, code: str) -> str:
@@ -84,6 +86,37 @@ def test_script_of_several_processes(title: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "WdhookWarning" not in done.stderr
     assert done.stdout.count("Decay works: step 5 ") == 1
+
+
+def run_cli(folder: Path, settings: str) -> subprocess.CompletedProcess[str]:
+    """Run the script of LightningCLI with its YAML file."""
+    for package in ("lightning", "jsonargparse"):
+        pytest.importorskip(package, reason=f"needs {package}", exc_type=ImportError)
+    folder.mkdir()
+    (folder / "train.py").write_text(SCRIPTS[CLI])
+    (folder / "train.yaml").write_text(settings)
+    paths = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.run(
+        [sys.executable, "train.py", "fit", "--config", "train.yaml"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_lightning_cli(tmp_path: Path) -> None:
+    """The script with its YAML file; a slip in the file is an error before training begins."""
+    done = run_cli(tmp_path / "right", YAML)
+    assert done.returncode == 0, done.stderr
+    assert "Decay works: step 8 decayed 2 of 2 weights" in done.stdout
+    assert "1e-05·p (1)" in done.stdout  # the override: 0.01 times the learning rate
+    done = run_cli(tmp_path / "wrong", YAML.replace("decoupled", "decupled"))
+    assert done.returncode != 0
+    assert "decupled" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_script_whose_decay_does_not_work_is_seen() -> None:
