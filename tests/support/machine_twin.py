@@ -115,13 +115,16 @@ class Twin(World):
             return
         with torch.no_grad():
             if self.config.mode == "coupled":
-                sign = -1.0 if self.group(index, name).get("maximize") else 1.0
-                param.grad.add_(param, alpha=sign * λ * scale)
+                param.grad.add_(param, alpha=self.sign(index, name) * λ * scale)
             else:
                 param.mul_(1 - self.strength(name, index) * λ)
         account.paid = True
         account.payments += 1
         account.inside = self.config.mode == "coupled"
+
+    def sign(self, index: int, name: str) -> float:
+        """The sign of coupled decay: an optimizer that maximizes negates the gradient."""
+        return -1.0 if self.group(index, name).get("maximize") else 1.0
 
     def strength(self, name: str, index: int) -> float:
         """What λ is multiplied with in decoupled decay."""
@@ -229,7 +232,6 @@ class Twin(World):
     def take(self, index: int, step: Callable[[], Any], scale: float) -> None:
         """Decay what is due, step, and end the windows of the optimizer's parameters."""
         kind, arguments = OPTIMIZERS[self.config.optimizers[index]]
-        maximizes = any(g.get("maximize") for g in self.optimizers[index].param_groups)
         own = self.config.at == "step" and (self.config.mode, kind) in DECAY_THEMSELVES
         own = own and self.config.lr is None and "fused" not in arguments
         self.warn_of_derived(index)
@@ -252,7 +254,7 @@ class Twin(World):
             ):  # torch adds it to a copy, wdhook to the gradient itself
                 params[name].grad.add_(
                     old[name],
-                    alpha=-self.rate(name) if maximizes else self.rate(name),
+                    alpha=self.sign(index, name) * self.rate(name),
                 )
         for finished in self.finished:
             finished[index] += 1
