@@ -64,6 +64,11 @@ def hooks_of(param: Tensor) -> Mapping[int, Any]:
     return param._post_accumulate_grad_hooks
 
 
+def has_hook(param: Tensor, handle: RemovableHandle) -> bool:
+    """The post-accumulate hook of `handle` is one of this parameter."""
+    return handle.id in (param._post_accumulate_grad_hooks or ())
+
+
 # Tensors ---------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
-from .._base.torch_private import is_storage_of, storage_of
+from .._base.torch_private import has_hook, is_storage_of, storage_of
 from .._plan.decision import Decision
 from .._plan.plan import Plan, former_name, inherited
 from .._roles.marks import is_flattened
@@ -204,6 +204,8 @@ class Parameters:
     def track(self, param: Tensor, known: Known | None) -> Entry | None:
         """The entry of a parameter, made if there is none yet; None for an exempt parameter."""
         entry = self._entries.get(id(param))
+        if entry is not None and entry.handle is not None and not has_hook(param, entry.handle):
+            entry = None  # of a parameter that is gone, and whose id this one has
         if entry is None and known is not None and known.decision.eligible:
             entry = self._entries[id(param)] = self._new_entry(known.decision)
             if known.progress is not None:

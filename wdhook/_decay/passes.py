@@ -71,7 +71,7 @@ class Hook(Entry):
 class Sentinel:
     """A hook on one of a few parameters, where decay waits for a step: notices that none is announced."""
 
-    __slots__ = ("handle", "name", "unannounced")
+    __slots__ = ("__weakref__", "handle", "name", "unannounced")
 
     def __init__(self, name: str, unannounced: Unannounced) -> None:
         self.name = name

@@ -6,6 +6,8 @@ torch.optim does.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -28,19 +30,20 @@ class Unannounced:
     def __init__(self, state: State, rules: Rules) -> None:
         self._state = state
         self._rules = rules
-        self._asked: Named | None = None  # the first of the pass that runs
-        self._who: Named | None = None
+        # Weak: an entry that outlives its parameter would be taken for that of another tensor with its id.
+        self._asked: Callable[[], Named | None] = _nobody  # the first of the pass that runs
+        self._who: Callable[[], Named | None] = _nobody
         self._head: Tensor | None = None
         self._version = 0
         self._moves = 0
 
     def look(self, who: Named, param: Tensor) -> None:
         """Close every window if the parameter has moved since it was remembered."""
-        self._asked = who
+        self._asked = weakref.ref(who)
         clock = getattr(who, "clock", None)
         if clock is not None and not clock.announced:
             return  # given, and known not to announce: its fresh gradients tell
-        if self._state.announced or who is not self._who or self._head is None:
+        if self._state.announced or who is not self._who() or self._head is None:
             return
         moved = version(param) != self._version or not torch.equal(_head(param), self._head)
         if not moved:
@@ -54,17 +57,22 @@ class Unannounced:
 
     def forget(self) -> None:
         """Forget the parameter, whose entry is to die with it."""
-        self._asked = self._who = self._head = None
+        self._asked = self._who = _nobody
+        self._head = None
 
     def remember(self, who: Named, param: Tensor) -> None:
         """Keep some values of a parameter, as they are when wdhook is done with it in a pass."""
         if self._state.announced:
             self.forget()
-        if who is not self._asked or who is None:
+        if who is not self._asked():
             return
-        self._who = who
+        self._who = self._asked
         self._version = version(param)
         self._head = _head(param).clone()
+
+
+def _nobody() -> None:
+    return None
 
 
 def _head(param: Tensor) -> Tensor:
