@@ -132,7 +132,10 @@ class Twin(World):
         lr = {None: group["lr"], "half": group["lr"] / 2}.get(self.config.lr, self.config.lr)
         if self.config.mode == "decoupled":
             return lr
-        peaks, key = self.peaks[self.handle(name)], (index, self.places[index][name])
+        label = self.places[index][name]
+        # The peak is the parameter's, whichever optimizer steps it.
+        key = (0, label) if self.config.shared else (index, label)
+        peaks = self.peaks[self.handle(name)]
         peaks[key] = max(lr, group.get("initial_lr", lr), peaks.get(key, lr))
         return lr / peaks[key]
 

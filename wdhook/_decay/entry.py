@@ -18,12 +18,18 @@ Place = tuple[weakref.ref[Any], int]
 
 
 class Peak:
-    """The largest learning rate so far of the parameters that share it."""
+    """The largest learning rate so far of the parameters that share it: those of a param group.
 
-    __slots__ = ("value",)
+    Attributes:
+        value: None before the first payment.
+        shared: a param group has it.
+    """
 
-    def __init__(self, value: Number | None = None) -> None:
+    __slots__ = ("shared", "value")
+
+    def __init__(self, value: Number | None = None, shared: bool = False) -> None:
         self.value = value
+        self.shared = shared
 
 
 class Progress:

@@ -190,8 +190,12 @@ class Passes:
             self.pay([notes.pop()])
 
     def forget(self) -> None:
-        """Forget the notes of passes that raised: no pass runs while an optimizer of another thread steps."""
-        self.notes.clear()
+        """Forget the notes of passes that raised, which would keep parameters alive.
+
+        The step pays what a pass of another thread has noted.
+        """
+        if graph_task_id() < 0:
+            self.notes.clear()
 
     def pay(self, notes: list[Note]) -> None:
         """Pay for noted parameters whose gradient is there and holds no decay."""

@@ -207,6 +207,7 @@ class Part:
         state.taken.clear()
         self.engine.passes.waiting = 0
         self.engine.passes.dismiss()
+        self.engine.passes.forget()
         if not again and not self._schedule_stays():
             state.rate.advance(self.view.clock)
         self._let_gradients_be_swapped()
