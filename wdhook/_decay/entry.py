@@ -113,8 +113,9 @@ def _group(place: Place | None) -> tuple[Any, dict[str, Any]] | None:
 class Entry(Window):
     """One decayed parameter: its window, its λ, and what its formula remembers.
 
-    A hook on the parameter owns the entry, which dies with the parameter; at "step", the optimizers own it. An entry
-    does not refer to its parameter, not even weakly: `torch.utils.swap_tensors` refuses tensors with weak references.
+    A hook on the parameter owns the entry, which dies with the parameter; at "step", the optimizers
+    own it. An entry does not refer to its parameter, not even weakly: `torch.utils.swap_tensors`
+    refuses tensors with weak references.
 
     Attributes:
         name: of the parameter, in the model.

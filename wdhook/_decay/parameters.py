@@ -35,7 +35,8 @@ class Known:
     """A tensor that was decided: the decision, and the marks by which it is recognised.
 
     Attributes:
-        progress: of the tensor's entry, which it outlives; of the tensor that this one has replaced, before that.
+        progress: of the tensor's entry, which it outlives; before that, of the tensor that this one
+            has replaced.
     """
 
     __slots__ = ("decision", "key", "kind", "local", "memory", "module", "progress", "shape")
@@ -164,9 +165,11 @@ class Parameters:
             original = former_name(one.name)
             above, _, local = original.rpartition(".")
             old = places.get((id(paths.get(above)), local)) or undone.get(original)
-            renamed = old is not None and old.decision.name != one.name
-            decision = inherited(newer[one.name], old.decision if renamed else None)
-            result[id(one.param)] = Known(decision, one)
+            if old is None or old.decision.name == one.name:
+                result[id(one.param)] = Known(inherited(newer[one.name], None), one)
+                continue
+            decision = inherited(newer[one.name], old.decision)
+            result[id(one.param)] = Known(decision, one, old.progress)
         return result
 
     # ---------------------------------------------------------------- decisions
@@ -232,7 +235,7 @@ class Parameters:
         return found
 
     def forget_progress(self) -> None:
-        """Forget how far parameters without an entry have come: training goes on from another point."""
+        """Forget how far parameters without an entry have come: training goes back."""
         living = {id(entry.progress) for entry in self.entries()}
         for known in self._known.values():
             if id(known.progress) not in living:

@@ -169,7 +169,8 @@ class Rate:
             clock = self._after[steps] = self.new_clock()
             clock.finished = steps
             if self._schedule is not None:
-                λ, _ = self.weight_decay, self._follow(clock)
+                λ = self.weight_decay
+                self._follow(clock)
                 self.weight_decay = λ
         return self._after[steps]
 

@@ -36,7 +36,10 @@ class Part:
 
     @property
     def is_active(self) -> bool:
-        """The handle decays in this step: it is neither paused nor removed, and the optimizer does more than add up."""
+        """The handle decays in this step: not while it is paused, nor once it is removed.
+
+        Nor where the optimizer only accumulates.
+        """
         return (
             self.view.owns_any()
             and not self.engine.closed

@@ -189,7 +189,7 @@ class Window:
 
         Args:
             grad: the gradient as it is in the hook.
-            out_of_place: autograd changes no gradient in place, as under ``backward(create_graph=True)``.
+            out_of_place: autograd changes no gradient in place: ``backward(create_graph=True)``.
         """
         if not self.paid:
             return E.UNPAID

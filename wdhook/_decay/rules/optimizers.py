@@ -173,7 +173,7 @@ def sign_has_turned(facts: Facts) -> Iterator[Problem]:
 
 
 def _has_turned(param: Tensor, entry: Entry, sign: float) -> bool:
-    """Tell a gradient that holds decay with the other sign. Zeroed gradients hold none; only suspects are read."""
+    """Tell a gradient that holds decay with the other sign. A zeroed gradient holds none."""
     if entry.sign == sign or not entry.paid or param.grad is None:
         return False
     return is_not_zero(param.grad)
