@@ -69,7 +69,7 @@ def test_remove_leaves_nothing(at: str) -> None:
 
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_a_step_that_raised_keeps_no_hook_of_a_removed_handle(at: str) -> None:
-    """A step pre-hook raises before the decay; after remove() the optimizer decays no more, with new handles neither.
+    """A step pre-hook raises before the decay; after remove() the optimizer decays no more.
 
     Decay waits in a hook of the optimizer until its other step pre-hooks have run.
     """

@@ -173,6 +173,8 @@ class Machine(RuleBasedStateMachine):
 
         if closure:
             self.zero_what_is_refused()
+        if closure == "in place" and any(a.changed for a in self.twin.accounts.values()):
+            self.zero(None, True)  # some would be zeroed and others not, of one handle
         if self.config.at == "backward":  # from its first step on a parameter has a hook
             self.must |= {n for n in self.twin.due(self.index(index)) if n in self.trained()}
         self.do(lambda world: world.step(self.index(index), evaluate if closure else None))
@@ -269,6 +271,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule(index=FIRST_OR_LAST, how=st.sampled_from(["reverse", "delete and add"]))
     def reorder(self, index: int, how: str) -> None:
+        groups = self.twin.optimizers[index].param_groups
+        if len({group.get("maximize") for group in groups}) > 1:
+            return  # a backward pass would take the sign of another group, and the step refuse it
         self.do(lambda world: world.reorder(self.index(index), how))
 
     @precondition(lambda self: self.config.given)

@@ -319,6 +319,16 @@ def test_a_step_post_hook_that_comes_first() -> None:
     assert len(door.process_step_post_hooks()) == before
 
 
+def test_a_hook_is_recognised_by_its_handle() -> None:
+    """The id of a handle is the key of its hook, on its own parameter alone."""
+    param, other = leaf(), leaf()
+    handle = door.register_first(param, lambda _: None)
+    assert door.has_hook(param, handle)
+    assert not door.has_hook(other, handle)
+    handle.remove()
+    assert not door.has_hook(param, handle)
+
+
 def test_hooks_on_a_gradient_are_seen() -> None:
     """`register_hook` of a leaf fills the attribute; without a hook it is None or empty."""
     param = leaf()

@@ -116,13 +116,16 @@ class Twin(World):
             return
         with torch.no_grad():
             if self.config.mode == "coupled":
-                sign = -1.0 if self.group(index, name).get("maximize") else 1.0
-                param.grad.add_(param, alpha=sign * λ * scale)
+                param.grad.add_(param, alpha=self.sign(index, name) * λ * scale)
             else:
                 param.mul_(1 - self.strength(name, index) * λ)
         account.paid = True
         account.payments += 1
         account.inside = self.config.mode == "coupled"
+
+    def sign(self, index: int, name: str) -> float:
+        """The sign of coupled decay: an optimizer that maximizes negates the gradient."""
+        return -1.0 if self.group(index, name).get("maximize") else 1.0
 
     def strength(self, name: str, index: int) -> float:
         """What λ is multiplied with in decoupled decay."""
@@ -130,7 +133,10 @@ class Twin(World):
         lr = {None: group["lr"], "half": group["lr"] / 2}.get(self.config.lr, self.config.lr)
         if self.config.mode == "decoupled":
             return lr
-        peaks, key = self.peaks[self.handle(name)], (index, self.places[index][name])
+        label = self.places[index][name]
+        # The peak is the parameter's, whichever optimizer steps it.
+        key = (0, label) if self.config.shared else (index, label)
+        peaks = self.peaks[self.handle(name)]
         peaks[key] = max(lr, group.get("initial_lr", lr), peaks.get(key, lr))
         return lr / peaks[key]
 
@@ -230,7 +236,6 @@ class Twin(World):
     def take(self, index: int, step: Callable[[], Any], scale: float) -> None:
         """Decay what is due, step, and end the windows of the optimizer's parameters."""
         kind, arguments = OPTIMIZERS[self.config.optimizers[index]]
-        maximizes = any(g.get("maximize") for g in self.optimizers[index].param_groups)
         own = self.config.at == "step" and (self.config.mode, kind) in DECAY_THEMSELVES
         own = own and self.config.lr is None and "fused" not in arguments
         self.warn_of_derived(index)
@@ -253,7 +258,7 @@ class Twin(World):
             ):  # torch adds it to a copy, wdhook to the gradient itself
                 params[name].grad.add_(
                     old[name],
-                    alpha=-self.rate(name) if maximizes else self.rate(name),
+                    alpha=self.sign(index, name) * self.rate(name),
                 )
         for finished in self.finished:
             finished[index] += 1

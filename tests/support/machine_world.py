@@ -210,7 +210,7 @@ class World:
             group["maximize"] = not group["maximize"]
 
     def reorder(self, index: int, how: str) -> None:
-        """The param groups get other numbers: in reverse order, or the first is deleted and added again."""
+        """The param groups get other numbers: reversed, or the first is deleted and added again."""
         optimizer, place = self.optimizers[index], self.places[index]
         if how == "reverse":
             optimizer.param_groups.reverse()

@@ -76,6 +76,11 @@ gradient_hooks = attrgetter("_backward_hooks")
 """Hooks on the gradient of a tensor; LOMO updates parameters in those of other parameters."""
 
 
+def has_hook(param: Tensor, handle: RemovableHandle) -> bool:
+    """The post-accumulate hook of `handle` is one of this parameter."""
+    return handle.id in (param._post_accumulate_grad_hooks or ())
+
+
 # Tensors ---------------------------------------------------------------------------------------
 
 

@@ -18,12 +18,18 @@ Place = tuple[weakref.ref[Any], int]
 
 
 class Peak:
-    """The largest learning rate so far of the parameters that share it."""
+    """The largest learning rate so far of the parameters that share it: those of a param group.
 
-    __slots__ = ("value",)
+    Attributes:
+        value: None before the first payment.
+        shared: a param group has it.
+    """
 
-    def __init__(self, value: Number | None = None) -> None:
+    __slots__ = ("shared", "value")
+
+    def __init__(self, value: Number | None = None, shared: bool = False) -> None:
         self.value = value
+        self.shared = shared
 
 
 _NO_PEAK = Peak()  # of all parameters whose optimizer is not known; nothing is noted in it
@@ -131,8 +137,9 @@ def _group(place: Place | None) -> tuple[Any, dict[str, Any]] | None:
 class Entry(Window):
     """One decayed parameter: its window, its λ, and what its formula remembers.
 
-    A hook on the parameter owns the entry, which dies with the parameter; at "step", the optimizers own it. An entry
-    does not refer to its parameter, not even weakly: `torch.utils.swap_tensors` refuses tensors with weak references.
+    A hook on the parameter owns the entry, which dies with the parameter; at "step", the optimizers
+    own it. An entry does not refer to its parameter, not even weakly: `torch.utils.swap_tensors`
+    refuses tensors with weak references.
 
     Attributes:
         name: of the parameter, in the model.

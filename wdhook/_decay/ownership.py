@@ -206,13 +206,13 @@ class Optimizers:
         optimizer."""
         blind = zeroes_by_foreach(optimizer)
         own = weakref.ref(optimizer), index
-        new_peak = Peak()
+        new_peak = Peak(shared=True)
         buckets: dict[Any, Bucket] = {}
         lent: dict[Any, Terms] = {}
         for param, entry in pairs:
             entry.move(view.clock)
             entry.blind = blind and hasattr(param, "to_local")
-            if entry.peak.value is None:
+            if entry.peak.value is None and not entry.peak.shared:
                 entry.peak = new_peak
             key = Terms.key(own, entry, param)
             if key not in buckets:

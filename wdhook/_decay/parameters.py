@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
-from .._base.torch_private import hooks_of, is_storage_of, storage_of
+from .._base.torch_private import has_hook, is_storage_of, storage_of
 from .._plan.decision import Decision
 from .._plan.plan import Plan
 from .._plan.renames import former_name, inherited
@@ -38,7 +38,8 @@ class Known:
     """A tensor that was decided: the decision, and the marks by which it is recognised.
 
     Attributes:
-        progress: of the tensor's entry, which it outlives; of the tensor that this one has replaced, before that.
+        progress: of the tensor's entry, which it outlives; before that, of the tensor that this one
+            has replaced.
     """
 
     __slots__ = ("decision", "key", "kind", "local", "memory", "module", "progress", "shape")
@@ -155,7 +156,7 @@ class Parameters:
     def _is_hooked(self, param: Tensor) -> bool:
         """One of our hooks is on the parameter, and so it is the one that was hooked."""
         entry = self._entries.get(id(param))
-        return entry is not None and entry.handle is not None and entry in hooks_of(param).values()
+        return entry is not None and entry.handle is not None and has_hook(param, entry.handle)
 
     def _decide(self, strangers: list[Found], taken: set[int]) -> dict[int, Known]:
         """Decisions on tensors that were not recognised by themselves.
@@ -182,10 +183,11 @@ class Parameters:
             original = former_name(one.name)
             above, _, local = original.rpartition(".")
             old = places.get((id(paths.get(above)), local)) or undone.get(original)
-            decision = newer[one.name]
-            if old is not None and old.decision.name != one.name:
-                decision = inherited(decision, old.decision)
-            result[id(one.param)] = Known(decision, one)
+            if old is None or old.decision.name == one.name:
+                result[id(one.param)] = Known(newer[one.name], one)
+                continue
+            decision = inherited(newer[one.name], old.decision)
+            result[id(one.param)] = Known(decision, one, old.progress)
         return result
 
     # ---------------------------------------------------------------- decisions
@@ -232,6 +234,8 @@ class Parameters:
     def track(self, param: Tensor, known: Known | None) -> Entry | None:
         """The entry of a parameter, made if there is none yet; None for an exempt parameter."""
         entry = self._entries.get(id(param))
+        if entry is not None and entry.handle is not None and not has_hook(param, entry.handle):
+            entry = None  # of a parameter that is gone, and whose id this one has
         if entry is None and known is not None and known.decision.eligible:
             entry = self._entries[id(param)] = self._new_entry(known.decision)
             if known.progress is not None:
@@ -258,7 +262,7 @@ class Parameters:
         return found
 
     def forget_progress(self) -> None:
-        """Forget how far parameters without an entry have come: training goes on from another point."""
+        """Forget how far parameters without an entry have come: training goes back."""
         living = {id(entry.progress) for entry in self.entries()}
         for known in self._known.values():
             if id(known.progress) not in living:

@@ -232,7 +232,10 @@ class Passes:
             self.pay([notes.pop()])
 
     def forget(self) -> None:
-        """Forget the notes of passes that raised, where no pass runs in this thread."""
+        """Forget the notes of passes that raised, which would keep parameters alive.
+
+        The step pays what a pass of another thread has noted.
+        """
         if graph_task_id() < 0:
             self.notes.clear()
 

@@ -152,7 +152,7 @@ def _comes_first_after(optimizer: Optimizer) -> bool:
 
 
 def _end_first(step: StepInProgress) -> None:
-    """End the step before all other step post-hooks: the update has been made, whatever they raise."""
+    """End the step before all other step post-hooks, which may raise: the update has been made."""
 
     def first(*_: Any) -> None:
         if step in _stack():

@@ -36,8 +36,10 @@ class Part:
 
     @property
     def is_active(self) -> bool:
-        """The handle decays in this step: it is neither paused nor removed, and the optimizer does
-        more than add up."""
+        """The handle decays in this step: not while it is paused, nor once it is removed.
+
+        Nor where the optimizer only accumulates.
+        """
         return (
             self.view.owns_any()
             and not self.engine.closed
@@ -214,6 +216,7 @@ class Part:
         state.taken.clear()
         self.engine.passes.waiting = 0
         self.engine.passes.dismiss()
+        self.engine.passes.forget()
         if not again and not self._schedule_stays():
             state.rate.advance(self.view.clock)
         self._let_gradients_be_swapped()
