@@ -83,6 +83,7 @@ class Part:
         """
         if not self.is_active:
             return
+        self.view.borrow_gradients()
         inside = nested and not evaluated
         dues = []
         for bucket in self.view.all_buckets():
@@ -202,13 +203,14 @@ class Part:
             rest()
         state = self.engine.state
         self.view.clock.steps += 1
-        state.steps += not nested
+        state.steps += not nested and self.view.counts
         state.taken.clear()
         self.engine.passes.waiting = 0
         self.engine.passes.dismiss()
         if not again and not self._schedule_stays():
             state.rate.advance(self.view.clock)
         self._let_gradients_be_swapped()
+        self.view.give_gradients_back()
         self.engine.note_step(self.view)
         if suspects:
             facts = Facts(state, self.optimizer, self.view, suspects=suspects)
