@@ -287,8 +287,8 @@ class Optimizers:
 
     def _release(self, view: View, before: list[Pair]) -> None:
         """Let go of what the optimizer no longer owns: its steps are no longer steps of those parameters."""
-        kept = {id(param) for param, _ in view.pairs()}
-        orphans = [(p, e) for p, e in before if id(p) not in kept and e.clock is view.clock]
+        kept = {id(entry) for _, entry in view.pairs()}
+        orphans = [(p, e) for p, e in before if id(e) not in kept and e.clock is view.clock]
         if not orphans:
             return
         clock = self._rate.new_clock()

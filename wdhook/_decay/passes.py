@@ -29,6 +29,7 @@ from .formulas import How
 from .optimizers import decays_itself
 from .payment import pay
 from .rules.base import Facts, Rules
+from .stand_ins import engine_of
 from .state import State
 from .unannounced import Unannounced
 from .window import (
@@ -69,12 +70,16 @@ class Hook(Entry):
 
 
 class Sentinel:
-    """A hook on one of a few parameters, where decay waits for a step: notices that none is announced."""
+    """A hook on one of a few parameters, where decay waits for a step.
 
-    __slots__ = ("handle", "name", "unannounced")
+    Notices that no step is announced, and that an engine takes the gradient away.
+    """
 
-    def __init__(self, name: str, unannounced: Unannounced) -> None:
+    __slots__ = ("handle", "name", "state", "unannounced")
+
+    def __init__(self, name: str, state: State, unannounced: Unannounced) -> None:
         self.name = name
+        self.state = state
         self.unannounced = unannounced
         self.handle: Any = None
 
@@ -83,6 +88,15 @@ class Sentinel:
         """Look at the parameter."""
         self.unannounced.look(self, param)
         self.unannounced.remember(self, param)
+        self.state.seen.add(self.name)
+        if graph_task_id() >= 0 and not in_compiled_autograd():
+            at_the_end_of_the_pass(lambda: self.look_again(param))
+
+    @never_compiled
+    def look_again(self, param: Tensor) -> None:
+        """Note that the gradient is gone at the end of the pass that has made it."""
+        if param.grad is None:
+            self.state.taken.add(self.name)
 
 
 class Passes:
@@ -116,7 +130,7 @@ class Passes:
 
     def watch(self, name: str, param: Tensor) -> None:
         """Put a sentinel on a parameter."""
-        sentinel = Sentinel(name, Unannounced(self._state, self._rules))
+        sentinel = Sentinel(name, self._state, Unannounced(self._state, self._rules))
         sentinel.handle = register_first(param, sentinel)
         self._sentinels.append(sentinel)
 
@@ -130,6 +144,8 @@ class Passes:
     def begin(self, param: Tensor, hook: Hook) -> list[Note]:
         """A list for the notes of a pass that has just called its first hook."""
         self.waiting += 1
+        if engine_of(param) is not None:
+            self._tell("gradient-taken-by-engine", hook)
         self.unannounced.look(hook, param)
         if self.waiting > _PATIENCE and self._state.config.schedule is not None:
             self._rules.tell("schedule-waits", Facts(self._state))
@@ -138,7 +154,8 @@ class Passes:
         if task < 0 or in_compiled_autograd():
             return _AtOnce(self)
         notes = self.notes.setdefault(task, [])
-        at_the_end_of_the_pass(lambda: self.end(task))
+        first = param, hook, hook.clock.steps
+        at_the_end_of_the_pass(lambda: self.end(task, first))
         return notes
 
     def look(self, hook: Hook, param: Tensor) -> None:
@@ -177,11 +194,30 @@ class Passes:
     # ---------------------------------------------------------------- payment
 
     @never_compiled
-    def end(self, task: int) -> None:
-        """Pay for what a pass has noted."""
+    def end(self, task: int, first: Note) -> None:
+        """Pay for what a pass has noted.
+
+        Args:
+            task: the pass.
+            first: what its first hook has noted, which may have been paid for at once.
+        """
         notes = self.notes.pop(task, None)
         if notes:
             self.pay(notes)
+        if not notes or notes[0][1] is not first[1]:
+            self._look_for_takers(first)
+
+    def _look_for_takers(self, first: Note) -> None:
+        """Notice that a gradient which was paid for at once was taken away by a later hook of its parameter."""
+        state = self._state
+        param, hook, steps = first
+        if state.pauses or param.grad is not None or hook.clock.steps != steps:
+            return
+        if self.unannounced.has_moved(hook, param):
+            return  # that hook has stepped the parameter
+        if not state.config.in_gradient or hook.name in state.carried:
+            state.taken.add(hook.name)
+        state.carried.add(hook.name)
 
     def pay_now(self, notes: list[Note]) -> None:
         """Pay for the last note: another hook of the parameter comes next, and may step it."""

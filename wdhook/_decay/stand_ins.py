@@ -20,13 +20,13 @@ class Engine(NamedTuple):
 
     Attributes:
         name: as messages show it.
-        steps_copies: what the engine steps is a copy of the parameter, so decay of the parameter itself is lost.
-        refusal: the feature of the engine under which the copy cannot be found at its step; empty where it can.
+        refusal: the feature of the engine under which nothing tells what is stepped; empty where something does.
+        advice: how to let the engine decay.
     """
 
     name: str
-    steps_copies: bool
     refusal: str = ""
+    advice: str = ""
 
 
 class StandIn(NamedTuple):
@@ -47,22 +47,19 @@ def engine_of(param: Tensor) -> Engine | None:
     """The engine that takes the gradients of a parameter away, by the attributes that it leaves there."""
     zero = zero_optimizer_of(param)
     if zero is not None:
-        stage = 3 if hasattr(param, "_z3_optimizer") else 1
-        stage = 2 if stage == 1 and getattr(zero, "partition_gradients", False) else stage
-        return Engine(f"DeepSpeed ZeRO-{stage}", True, _refusal_of_zero(zero))
-    if hasattr(param, "_hp_mapping"):
-        return Engine("DeepSpeed", True, "an optimizer of DeepSpeed other than ZeRO's")
+        stage = 3 if hasattr(param, "_z3_optimizer") else 1 + bool(zero.partition_gradients)
+        return Engine(f"DeepSpeed ZeRO-{stage}", _refusal_of_zero(zero), _GROUPS)
+    if getattr(param, "_hp_mapping", None) is not None:
+        return Engine("DeepSpeed", "an optimizer other than those of ZeRO", _GROUPS)
     if hasattr(param, "main_grad"):
-        return _megatron(param)
+        sharded = getattr(param, "main_param_sharded", False)
+        missing = hasattr(param, "main_param") and param.main_param is None and not sharded
+        return Engine("Megatron-core", "no `main_param`" if missing else "", _OVERRIDES)
     return None
 
 
-def _megatron(param: Tensor) -> Engine:
-    if not hasattr(param, "main_param"):
-        # Its distributed optimizer steps slices of float32 parameters too, and leaves this mark on all of them.
-        return Engine("Megatron-core", False)
-    missing = param.main_param is None and not getattr(param, "main_param_sharded", False)
-    return Engine("Megatron-core", True, "no `main_param`" if missing else "")
+_GROUPS = "give deepspeed.initialize(optimizer=...) one that has wdhook.param_groups(model, λ)"
+_OVERRIDES = "give get_megatron_optimizer the plan as `config_overrides` (docs/distributed.md)"
 
 
 def _refusal_of_zero(zero: Any) -> str:

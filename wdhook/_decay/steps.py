@@ -195,6 +195,7 @@ class Part:
             again: that one is a step of the same optimizer, as ``super().step()`` is.
         """
         self.sample = None
+        self.engine.state.end_of_any_step()
         if not self.view.owns_any() or only_accumulates(self.optimizer) or self.was_skipped():
             return
         alone = self.view.clock.steps == self._begun_at  # no step inside has closed the windows

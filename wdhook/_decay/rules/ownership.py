@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from ..._base.problem import Problem
 from ..entry import Entry
 from ..living import living
-from ..optimizers import owned_ids
+from ..optimizers import announces_steps, owned_ids
+from ..stand_ins import engine_of, stand_in_of
 from .base import Facts
 
 COUPLED_TRAVELS = 'Use mode="coupled" with at="backward", whose decay travels in the gradient'
@@ -64,6 +65,8 @@ class StepsCopies:
         state = facts.state
         if facts.claimed or facts.owned.wraps or state.optimizers.met():
             return
+        if any(stand_in_of(param) is not None for _, param in _decayed(facts)):
+            return  # an engine's optimizer steps one tensor after the other, and ours come in their turn
         waiting = next(_waiting(facts), None)
         if state.optimizers.was_given(facts.optimizer):
             first = waiting or next(_decayed(facts), None)
@@ -129,6 +132,16 @@ def _is_of_a_module(param: Tensor) -> bool:
 def _is_owned_elsewhere(param: Tensor) -> bool:
     """Some optimizer of the process owns the parameter (MAML): then copies are no master weights."""
     return any(id(param) in owned_ids([optimizer]) for optimizer in living_optimizers())
+
+
+def _will_step_it(param: Tensor, announced_too: bool) -> bool:
+    """Some optimizer of the process owns the parameter, and may step it; one that torch announces, where asked."""
+    for optimizer in living_optimizers():
+        if id(param) in owned_ids([optimizer]) and (
+            announced_too or not announces_steps(optimizer)
+        ):
+            return True
+    return False
 
 
 def living_optimizers() -> Iterator[Any]:
@@ -211,23 +224,69 @@ class TwoStep:
             )
 
 
-def gradient_was_taken(facts: Facts) -> Iterator[Problem]:
-    """Find a step of an optimizer that owns nothing of the model, after gradients were taken away."""
-    state = facts.state
-    if not state.taken or facts.owned.owns_any() or facts.owned.wraps or facts.claimed:
-        return
-    for found in state.parameters.walk():
-        if found.name in state.taken and found.param.grad is None:
+def taken_by_engine(facts: Facts) -> Iterator[Problem]:
+    """Find parameters of an engine that takes their gradients away, where decay would be lost."""
+    for name, param in _decayed(facts):
+        engine = engine_of(param)
+        if engine is None:
+            continue
+        known = {"parameter": facts.state.describe(name, param), "engine": engine.name}
+        if engine.refusal:
             yield Problem(
-                "A decayed parameter got gradients in the backward pass and lost them there (an engine keeps them in "
-                "buffers of its own), and the optimizer that steps does not own the parameter: no decay reaches it.",
-                "Let the optimizer or the engine decay: give it wdhook.param_groups(model, λ)",
-                {
-                    "parameter": state.describe(found.name, found.param),
-                    "optimizer": facts.optimizer_name,
-                },
-                (found.name,),
+                "The engine takes gradients away in the backward pass, and with this feature of it wdhook does not "
+                "know what is stepped: decay would be lost.",
+                f"Let the engine decay: {engine.advice}",
+                {**known, "feature": engine.refusal},
+                (name,),
             )
+        elif facts.state.config.in_backward:
+            yield Problem(
+                "The engine takes gradients away in the backward pass, each micro-batch alone, so decay "
+                'at "backward" would be lost or done several times.',
+                f'Use attach(..., at="step"); or let the engine decay: {engine.advice}',
+                {**known, "at": "backward"},
+                (name,),
+            )
+        return
+
+
+class GradientsVanish:
+    """Finds parameters that get gradients, while an optimizer steps that does not own them, and no gradient is there.
+
+    An engine has taken it, whatever engine that is, and steps tensors of its own.
+    """
+
+    def __init__(self) -> None:
+        self._steps = 0  # at which a gradient was gone that no pass was seen to lose
+
+    def __call__(self, facts: Facts) -> Iterator[Problem]:
+        """Look at parameters that got a gradient since the last step."""
+        state = facts.state
+        if facts.owned.owns_any() or facts.owned.wraps or facts.claimed:
+            return
+        gone = [
+            found
+            for found in state.parameters.walk()
+            if found.name in state.taken | state.seen and found.param.grad is None
+        ]
+        if not gone or any(stand_in_of(found.param) is not None for found in gone):
+            return
+        lost_in_pass = any(found.name in state.taken for found in gone)
+        self._steps += 1
+        if not lost_in_pass and self._steps < 2:
+            return  # a trial pass, zeroed since
+        if _will_step_it(gone[0].param, announced_too=bool(state.steps) or not lost_in_pass):
+            return  # an optimizer that comes in its turn, or has stepped inside the backward pass
+        yield Problem(
+            "A decayed parameter got gradients in the backward pass and lost them (an engine keeps them in buffers "
+            "of its own), and the optimizer that steps does not own the parameter: no decay reaches it.",
+            "Let the optimizer or the engine decay: give it wdhook.param_groups(model, λ)",
+            {
+                "parameter": state.describe(gone[0].name, gone[0].param),
+                "optimizer": facts.optimizer_name,
+            },
+            (gone[0].name,),
+        )
 
 
 def entry_names(entries: list[Entry]) -> tuple[str, ...]:

@@ -229,6 +229,15 @@ RULES = (
     ),
     # Before a step of an optimizer that owns no decayed parameter.
     Rule(
+        "gradient-taken-by-engine",
+        MasterWeightsError,
+        Moment.FOREIGN_STEP,
+        ownership.taken_by_engine,
+        "DeepSpeed's ZeRO or Megatron-core, which take gradients away in the backward pass, at `\"backward\"`; or a "
+        "feature of theirs that hides what is stepped (NVMe, ZenFlow, Muon)",
+        'at `attach`, in the first backward pass or at the first step; names `at="step"`',
+    ),
+    Rule(
         "master-weights",
         MasterWeightsError,
         Moment.FOREIGN_STEP,
@@ -241,10 +250,9 @@ RULES = (
         "gradient-taken",
         MasterWeightsError,
         Moment.FOREIGN_STEP,
-        ownership.gradient_was_taken,
-        "an engine takes gradients away in the backward pass (`main_grad`) and steps tensors of its own",
+        ownership.GradientsVanish,
+        "an engine of whatever kind takes gradients away, and steps tensors of its own",
         "names `param_groups`",
-        applies=in_backward,
     ),
     Rule(
         "never-steps",
