@@ -73,6 +73,19 @@ def test_attached_before_and_to_the_engine(two: Group, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_an_optimizer_that_was_given(two: Group, stage: int) -> None:
+    """The base optimizer, whose groups the engine replaces, or the engine's own around it."""
+    for cell in (
+        Cell(stage, given="base", before=True, split=True),
+        Cell(stage, given="base"),
+        Cell(stage, "coupled", given="engine"),
+        Cell(stage, given="engine", split=True),
+    ):
+        [(_, handle), *_] = two(compare, cell)
+        assert "steps=6" in handle
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_run_goes_on(two: Group, stage: int, tmp_path: Path) -> None:
     """A schedule of λ, and the largest learning rate, go on from what one rank has saved."""
     [(handle, seen), *_] = two(resumed, Cell(stage, "independent", split=True), str(tmp_path))

@@ -33,6 +33,7 @@ class Cell:
     split: bool = False  # weights and others in a param group each
     before: bool = False  # attached before `deepspeed.initialize`
     wrapper: bool = False  # attached to the engine, not to its module
+    given: str = ""  # the optimizer that `attach` is given: "base" or "engine"; none
     steps: int = 6
     at: str = "step"
 
@@ -113,12 +114,16 @@ class Run:
         share = λ / LR if cell.mode == "independent" else λ
         optimizer = kind(groups_of(model, cell, share if own else 0.0), lr=LR, weight_decay=0.0)
         arguments: Any = {"mode": cell.mode, "at": cell.at}
+        if cell.given == "base":
+            arguments["optimizer"] = optimizer
         if cell.before and not own:
             self.decay = wdhook.attach(model, weight_decay, **arguments)
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings(cell), dist_init_required=False
         )
         if not cell.before and not own:
+            if cell.given == "engine":
+                arguments["optimizer"] = self.engine.optimizer
             target = self.engine if cell.wrapper else self.engine.module
             self.decay = wdhook.attach(target, weight_decay, **arguments)
         self.model = model

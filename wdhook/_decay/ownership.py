@@ -148,9 +148,16 @@ class Optimizers:
         params = list(islice(chain.from_iterable(g["params"] for g in optimizer.param_groups), 2))
         if len(params) != 1 or self._parameters.entry(params[0]) is not None:
             return optimizer
+        if next(inner_optimizers(optimizer), None) is not None:
+            return optimizer  # a wrapper shows the groups of the optimizer inside
         if any(params[0] is one.stepped for _, one in self._stand_ins() if one.numel is not None):
             return params[0]
         return optimizer
+
+    def _counts_already(self) -> bool:
+        """Some flat tensor that holds decayed parameters is stepped in its turn, and counts the steps."""
+        known = list(self._views.items())
+        return any(view.loans for key, view in known if isinstance(key, Tensor))
 
     def _stand_ins(self) -> Iterator[tuple[Tensor, StandIn]]:
         return stand_ins(found.param for found in self._parameters.walk())
@@ -176,7 +183,7 @@ class Optimizers:
         before = [] if view is None else list(view.pairs())
         if view is None:
             view = View(self._rate.new_clock(announces_steps(optimizer)))
-            view.counts = key is optimizer or not any(v.loans for v in self.views())
+            view.counts = key is optimizer or not self._counts_already()
         if self.was_given(optimizer):
             self._lend(optimizer)
         self._fill(view, optimizer)

@@ -134,6 +134,12 @@ def _is_owned_elsewhere(param: Tensor) -> bool:
     return any(id(param) in owned_ids([optimizer]) for optimizer in living_optimizers())
 
 
+def _comes_in_its_turn(param: Tensor, held: set[int]) -> bool:
+    """What an engine steps in place of the parameter is not `held` by the optimizer now, but will be."""
+    stand_in = stand_in_of(param)
+    return stand_in is not None and id(stand_in.stepped) not in held
+
+
 def _will_step_it(param: Tensor, announced_too: bool) -> bool:
     """Some optimizer of the process owns the parameter, and may step it; one that torch announces, where asked."""
     for optimizer in living_optimizers():
@@ -264,12 +270,11 @@ class GradientsVanish:
         state = facts.state
         if facts.owned.owns_any() or facts.owned.wraps or facts.claimed:
             return
-        gone = [
-            found
-            for found in state.parameters.walk()
-            if found.name in state.taken | state.seen and found.param.grad is None
-        ]
-        if not gone or any(stand_in_of(found.param) is not None for found in gone):
+        names = state.taken | state.seen
+        held = owned_ids([facts.optimizer])
+        gone = [f for f in state.parameters.walk() if f.name in names and f.param.grad is None]
+        gone = [f for f in gone if not _comes_in_its_turn(f.param, held)]
+        if not gone:
             return
         lost_in_pass = any(found.name in state.taken for found in gone)
         self._steps += 1
