@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from operator import is_
 from typing import Any
@@ -159,8 +159,8 @@ class Optimizers:
         known = list(self._views.items())
         return any(view.loans for key, view in known if isinstance(key, Tensor))
 
-    def _stand_ins(self) -> Iterator[tuple[Tensor, StandIn]]:
-        return stand_ins(found.param for found in self._parameters.walk())
+    def _stand_ins(self, stepped: Iterable[Tensor] = ()) -> Iterator[tuple[Tensor, StandIn]]:
+        return stand_ins((found.param for found in self._parameters.walk()), stepped)
 
     def forget(self) -> None:
         """Forget every view: they are made anew when they are asked for."""
@@ -232,22 +232,23 @@ class Optimizers:
     def _entries_of(
         self, params: list[Tensor], decided: dict[int, Known], view: View
     ) -> list[Pair]:
-        found, others = [], set()
+        found: list[Pair] = []
+        others: dict[int, Tensor] = {}
         for param in params:
             entry = self._parameters.track(param, decided.get(id(param)))
             if entry is not None:
                 found.append((param, entry))
             elif id(param) not in decided:
-                others.add(id(param))
+                others[id(param)] = param
         if others:
             found += self._entries_behind(others, decided, view)
         return found
 
     def _entries_behind(
-        self, stepped: set[int], decided: dict[int, Known], view: View
+        self, stepped: dict[int, Tensor], decided: dict[int, Known], view: View
     ) -> Iterator[Pair]:
         """The parameters that tensors of an engine stand for; what stands for each takes its place."""
-        for param, stand_in in self._stand_ins():
+        for param, stand_in in self._stand_ins(stepped.values()):
             if id(stand_in.stepped) not in stepped:
                 continue
             entry = self._parameters.track(param, decided.get(id(param)))

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .._base.torch_private import hooks_of
@@ -156,9 +157,27 @@ class Loan:
         self.part.grad = None
 
 
-def stand_ins(params: Iterable[Tensor]) -> Iterator[tuple[Tensor, StandIn]]:
-    """Each parameter that an engine steps a copy of, with the copy."""
+def stand_ins(
+    params: Iterable[Tensor], stepped: Iterable[Tensor] = ()
+) -> Iterator[tuple[Tensor, StandIn]]:
+    """Each parameter that an engine steps a copy or a slice of, with that.
+
+    Args:
+        params: of the model.
+        stepped: tensors of an optimizer. Megatron's distributed optimizer leaves no other trace of float32 slices.
+    """
+    slices = list(stepped)
     for param in params:
         found = stand_in_of(param)
         if found is not None:
             yield param, found
+        elif slices and hasattr(param, "main_grad"):
+            for one in slices:
+                if one.dtype == torch.float32 and is_slice(one, param):
+                    yield param, StandIn(one, 0, None)
+
+
+def is_slice(tensor: Tensor, param: Tensor) -> bool:
+    """Tell a tensor that begins in the memory of a parameter."""
+    first, size = param.data_ptr(), param.numel() * param.element_size()
+    return first <= tensor.data_ptr() < first + size

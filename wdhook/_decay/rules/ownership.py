@@ -13,7 +13,7 @@ from ..._base.problem import Problem
 from ..entry import Entry
 from ..living import living
 from ..optimizers import announces_steps, owned_ids
-from ..stand_ins import engine_of, stand_in_of
+from ..stand_ins import engine_of, is_slice, stand_in_of
 from .base import Facts
 
 COUPLED_TRAVELS = 'Use mode="coupled" with at="backward", whose decay travels in the gradient'
@@ -65,8 +65,8 @@ class StepsCopies:
         state = facts.state
         if facts.claimed or facts.owned.wraps or state.optimizers.met():
             return
-        if any(stand_in_of(param) is not None for _, param in _decayed(facts)):
-            return  # an engine's optimizer steps one tensor after the other, and ours come in their turn
+        if any(engine_of(param) is not None for _, param in _decayed(facts)):
+            return  # what an engine steps is followed, or refused by another rule
         waiting = next(_waiting(facts), None)
         if state.optimizers.was_given(facts.optimizer):
             first = waiting or next(_decayed(facts), None)
@@ -134,10 +134,12 @@ def _is_owned_elsewhere(param: Tensor) -> bool:
     return any(id(param) in owned_ids([optimizer]) for optimizer in living_optimizers())
 
 
-def _comes_in_its_turn(param: Tensor, held: set[int]) -> bool:
-    """What an engine steps in place of the parameter is not `held` by the optimizer now, but will be."""
+def _is_stepped_elsewhere(param: Tensor, held: list[Tensor]) -> bool:
+    """A known engine steps the parameter in another of its steps, or in another process: nothing `held` is of it."""
     stand_in = stand_in_of(param)
-    return stand_in is not None and id(stand_in.stepped) not in held
+    if stand_in is not None:
+        return all(stand_in.stepped is not tensor for tensor in held)
+    return engine_of(param) is not None and not any(is_slice(tensor, param) for tensor in held)
 
 
 def _will_step_it(param: Tensor, announced_too: bool) -> bool:
@@ -271,9 +273,9 @@ class GradientsVanish:
         if facts.owned.owns_any() or facts.owned.wraps or facts.claimed:
             return
         names = state.taken | state.seen
-        held = owned_ids([facts.optimizer])
+        held = [p for group in facts.optimizer.param_groups for p in group["params"]]
         gone = [f for f in state.parameters.walk() if f.name in names and f.param.grad is None]
-        gone = [f for f in gone if not _comes_in_its_turn(f.param, held)]
+        gone = [f for f in gone if not _is_stepped_elsewhere(f.param, held)]
         if not gone:
             return
         lost_in_pass = any(found.name in state.taken for found in gone)
