@@ -146,11 +146,7 @@ def planned(cell: Cell) -> None:
             DistributedDataParallelConfig,
         )
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-        from megatron.core.optimizer.optimizer_config import (
-            ParamGroupOverride,
-            ParamKey,
-            ParamWithNamePredicate,
-        )
+        from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
         from megatron.core.transformer import TransformerConfig
 
         _engine(perceptron(), cell, own=True)  # the process groups
@@ -162,7 +158,7 @@ def planned(cell: Cell) -> None:
         optimizer = get_megatron_optimizer(
             OptimizerConfig(optimizer="adam", lr=0.01, weight_decay=λ, clip_grad=0.0),
             [wrapper],
-            config_overrides={ParamKey(with_name_predicate=exempt): ParamGroupOverride(wd_mult=0)},
+            config_overrides={ParamKey(with_name_predicate=exempt): {"wd_mult": 0.0}},
         )
     names = {id(param): name for name, param in model.named_parameters()}
     decayed = {

@@ -180,7 +180,7 @@ class Passes:
             hook.look(grad)  # now: a pass that raises has no end
             if answer is Answer.ASK and not (is_view(grad) or hook.blind or is_distributed()):
                 self._tell("changed-between", hook)
-        else:
+        elif not self._state.taken:  # by an engine, whose step is refused: at="step" is no way out there
             self._tell("second-gradient", hook)
 
     def _table(self, hook: Hook) -> dict[Evidence, Answer]:
