@@ -34,9 +34,7 @@ def test_the_comparison_can_fail(two: Group, stage: int) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_zero_with_accumulation_and_clipping(
-    two: Group, stage: int, dtype: str, mode: str
-) -> None:
+def test_zero_with_accumulation_and_clipping(two: Group, stage: int, dtype: str, mode: str) -> None:
     """Decay comes once for three micro-batches, after clipping, on float32 values. Two groups: two flat tensors."""
     [(_, handle), *_] = two(compare, Cell(stage, mode, 3, clip=0.05, dtype=dtype, split=True))
     assert "steps=6" in handle

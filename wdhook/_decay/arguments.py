@@ -16,6 +16,7 @@ from .._base.validate import check_factor, is_number
 from .._plan.decide import plan
 from .._plan.overrides import Overrides
 from .._plan.plan import Plan
+from .._roles.places import named_parameters
 from ..schedules import Schedule
 from .formulas import FORMULAS, Formula
 from .optimizers import (
@@ -52,7 +53,8 @@ def formula_of(mode: str | None) -> Formula:
 def check_attach(
     model: object, weight_decay: object, misplaced: tuple[object, ...], at: object, foreach: object
 ) -> None:
-    """Raise for arguments of `attach` in the wrong place, and for those that have no meaning by themselves."""
+    """Raise for arguments of `attach` in the wrong place, and for those that have no meaning by
+    themselves."""
     check_model("attach", model)
     if misplaced:
         raise ArgumentError(
@@ -94,7 +96,8 @@ def check_model(function: str, model: object) -> None:
 
 
 def check_adopt(model: object, optimizer: Any) -> None:
-    """Raise for arguments of `adopt` that are in the wrong place, or that leave nothing to adopt."""
+    """Raise for arguments of `adopt` that are in the wrong place, or that leave nothing to
+    adopt."""
     check_model("adopt", model)
     if not hasattr(optimizer, "param_groups"):
         raise ArgumentError(
@@ -118,22 +121,29 @@ def check_adopt(model: object, optimizer: Any) -> None:
 
 
 def ready_plan(
-    model: nn.Module, weight_decay: float | Plan, overrides: Overrides | None, recipe: str | None
+    model: nn.Module,
+    weight_decay: float | Plan,
+    overrides: Overrides | None,
+    recipe: str | None,
+    inputs: Any | None,
 ) -> Plan:
+    """The plan that was given, or the one that is made of the arguments."""
     if not isinstance(weight_decay, Plan):
-        return plan(model, weight_decay, overrides=overrides, recipe=recipe)
-    if overrides is not None or recipe is not None:
+        return plan(model, weight_decay, overrides=overrides, recipe=recipe, inputs=inputs)
+    if overrides is not None or recipe is not None or inputs is not None:
         raise ArgumentError(
-            "A ready plan has its `overrides` and `recipe` in it already: give them to wdhook.plan instead"
+            "A ready plan has its `overrides`, `recipe` and `inputs` in it already: give them to "
+            "wdhook.plan instead"
         )
-    names = dict(model.named_parameters())
+    names = {name for name, _ in named_parameters(model)}
     unknown = [
         name for name in (*names, *weight_decay) if (name in names) != (name in weight_decay)
     ]
     if unknown:
+        more = ", ..." if len(unknown) > 5 else ""
         raise ArgumentError(
             "The plan is not one of this model.\n"
-            f"  names that only one of them has: {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}"
+            f"  names that only one of them has: {', '.join(unknown[:5])}{more}"
         )
     return weight_decay
 
@@ -207,7 +217,8 @@ def _has_no_step(optimizer: Optimizer) -> bool:
 def check_steps_are_announced(
     at: str, optimizers: tuple[Any, ...], schedule: Schedule | None
 ) -> None:
-    """Raise where decay or a schedule waits for the steps of an optimizer that torch does not announce."""
+    """Raise where decay or a schedule waits for the steps of an optimizer that torch does not
+    announce."""
     for given in optimizers:
         for optimizer in innermost(given):
             if not announces_steps(optimizer):

@@ -40,9 +40,8 @@ class Engine:
         self.watchers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.on_close: Callable[[], None] = lambda: None
         self.closed = False
-        self._outliving: list[
-            weakref.ref[Entry]
-        ] = []  # entries that were there when the last module died
+        # Entries that were there when the last module died, by the ids of these references.
+        self._outliving: dict[int, weakref.ref[Entry]] = {}
         model_ref = ModelRef(model, self._model_died)
         rate = Rate(plan.weight_decay, config.schedule, config.lr)
         self._unowned = rate.new_clock()
@@ -69,9 +68,8 @@ class Engine:
 
     def _track(self) -> None:
         parameters, covered = self.state.parameters, []
-        decided = parameters.decided()
         for found in parameters.walk():
-            entry = parameters.track(found.param, decided.get(id(found.param)))
+            entry = parameters.track(found.param, parameters.known(found.param))
             if entry is not None:
                 self.passes.cover(found.param, entry)
                 if found.param.requires_grad and not is_lazy(found.param):
@@ -92,14 +90,17 @@ class Engine:
     def _model_died(self) -> None:
         if self.closed:
             return
-        # Parameters may be trained on without a module: exported graphs and functional code share them.
+        # Parameters may be trained on without a module: exported graphs and functional code share
+        # them.
         entries = self.state.parameters.entries()
-        self._outliving = [weakref.ref(entry, self._entry_died) for entry in entries]
+        refs = [weakref.ref(entry, self._entry_died) for entry in entries]
+        self._outliving = {id(ref): ref for ref in refs}
+        del entries
         self._entry_died(None)
 
     def _entry_died(self, ref: object) -> None:
         if ref is not None:
-            self._outliving.pop()  # only the number of survivors is used
+            self._outliving.pop(id(ref))
         if not self._outliving and not self.closed:
             self.close()
 
@@ -134,6 +135,11 @@ class Engine:
         """The decisions on the model as it is now, with the present λ."""
         return self.state.parameters.plan(self.state.rate.weight_decay)
 
+    def last_plan(self) -> Plan:
+        """The decisions that were made, with the present λ; nothing new is decided."""
+        state = self.state
+        return state.parameters.plan(state.rate.weight_decay, decide=False)
+
     def set_weight_decay(self, value: float) -> None:
         """Change λ."""
         self.rules.check(Moment.SETTER, Facts(self.state, value=value))
@@ -150,7 +156,8 @@ class Engine:
         return view
 
     def cover(self, dues: Iterable[Due]) -> None:
-        """Hook what was decayed at a step and has no hook: it was unfrozen since, and its gradients are to be seen."""
+        """Hook what was decayed at a step and has no hook: it was unfrozen since, and its
+        gradients are to be seen."""
         if self.state.config.in_backward:
             for due in dues:
                 for param, _, entry in due:
@@ -166,12 +173,13 @@ class Engine:
 
     def save(self) -> dict[str, Any]:
         """What a saved handle holds besides λ."""
-        return self.state.rate.save(self.state.parameters.entries())
+        return self.state.rate.save(self.state.parameters.progress())
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Undo of `save`, and of the λ that a schedule has given since."""
         parameters, rate = self.state.parameters, self.state.rate
         entries = parameters.entries()
+        parameters.forget_progress()
         rate.load(saved, entries)
         for param, entry in parameters.pairs():
             if entry.terms.place is None:

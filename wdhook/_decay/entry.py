@@ -26,13 +26,52 @@ class Peak:
         self.value = value
 
 
+_NO_PEAK = Peak()  # of all parameters whose optimizer is not known; nothing is noted in it
+
+
+class Receipt:
+    """What several parameters were decayed with.
+
+    Attributes:
+        number: what the formula wrote with (`Formula.number`).
+        sign: -1.0 if it was for an optimizer that maximizes, else 1.0.
+        is_scaled: a loss scale took part.
+    """
+
+    __slots__ = ("is_scaled", "number", "sign")
+
+    def __init__(self, number: Number, sign: float = 1.0) -> None:
+        self.number = number
+        self.sign = sign
+        self.is_scaled = False
+
+
+_NOTHING = Receipt(0.0)
+
+
+class Progress:
+    """How far a parameter has come: more than its optimizers know, which may be made anew.
+
+    Attributes:
+        peak: the largest learning rate so far.
+        clock: counts the steps of its optimizer.
+    """
+
+    __slots__ = ("clock", "peak")
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.peak = _NO_PEAK
+
+
 class Terms:
     """The numbers that several parameters share, so that one foreach call can pay for all of them.
 
     Attributes:
         clock: counts the steps of their optimizer.
         place: the param group whose learning rate they have; None before an optimizer is known.
-        owner: the param group that is stepped; another one than `place` where a wrapper's schedule counts.
+        owner: the param group that is stepped; another one than `place` where a wrapper's schedule
+        counts.
         own: an absolute λ; None where λ is the handle's.
         peak: the largest learning rate so far.
         device, dtype: of the parameters.
@@ -92,21 +131,20 @@ def _group(place: Place | None) -> tuple[Any, dict[str, Any]] | None:
 class Entry(Window):
     """One decayed parameter: its window, its λ, and what its formula remembers.
 
-    A hook on the parameter owns the entry, which dies with the parameter. An entry does not refer to its parameter,
-    not even weakly: `torch.utils.swap_tensors` refuses tensors with weak references.
+    A hook on the parameter owns the entry, which dies with the parameter; at "step", the optimizers own it. An entry
+    does not refer to its parameter, not even weakly: `torch.utils.swap_tensors` refuses tensors with weak references.
 
     Attributes:
         name: of the parameter, in the model.
         own: an absolute λ; None where λ is the handle's.
-        peak: the largest learning rate so far.
-        sign: -1.0 if the last payment was for an optimizer that maximizes, else 1.0.
-        number: what the last payment was made with (`Formula.number`); None where a loss scale took part.
+        progress: what outlives the entry.
+        receipt: what the last payment was made with.
         terms: numbers shared with other parameters.
         handle: of the hook; None where there is none.
         memo: state of the formula, of whatever type.
     """
 
-    __slots__ = ("handle", "memo", "name", "number", "own", "peak", "sign", "terms")
+    __slots__ = ("handle", "memo", "name", "own", "progress", "receipt", "terms")
 
     terms: Terms
 
@@ -114,9 +152,8 @@ class Entry(Window):
         super().__init__(clock)
         self.name = name
         self.own = own
-        self.peak = Peak()
-        self.sign = 1.0
-        self.number: Number | None = None
+        self.progress = Progress(clock)
+        self.receipt = _NOTHING
         self.handle: RemovableHandle | None = None
         self.memo: Any = None
 
@@ -124,6 +161,25 @@ class Entry(Window):
     def weight_decay(self) -> float:
         """λ of the next step."""
         return self.clock.weight_decay if self.own is None else self.own
+
+    @property
+    def peak(self) -> Peak:
+        """The largest learning rate so far."""
+        return self.progress.peak
+
+    @peak.setter
+    def peak(self, peak: Peak) -> None:
+        self.progress.peak = peak
+
+    def move(self, clock: Clock) -> None:
+        """Let another optimizer close this window from now on."""
+        super().move(clock)
+        self.progress.clock = clock
+
+    def resume(self, progress: Progress) -> None:
+        """Go on where the parameter was, or the one that it has replaced."""
+        self.progress = progress
+        self.clock = progress.clock
 
 
 Pair = tuple[Tensor, Entry]

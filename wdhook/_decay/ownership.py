@@ -1,4 +1,5 @@
-"""Optimizers as far as they concern one handle: which decayed parameters each owns, and on which terms."""
+"""Optimizers as far as they concern one handle: which decayed parameters each owns, and on which
+terms."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .config import Config
@@ -41,6 +43,7 @@ class View:
         loans: parts of flat tensors that the optimizer steps in place of decayed parameters.
         counts: its steps are steps of the handle; of the flat tensors of one optimizer, those of the first are.
         changes: how often the view was made.
+        lazy: some parameter was not materialised when the view was made.
         unchecked: no step has been checked since the view was made.
     """
 
@@ -50,6 +53,7 @@ class View:
         "clock",
         "counts",
         "dtypes",
+        "lazy",
         "loans",
         "params",
         "sample",
@@ -67,12 +71,14 @@ class View:
         self.loans: list[Loan] = []
         self.counts = True
         self.changes = 0
+        self.lazy = False
         self.unchecked = True
 
     def is_current(self, optimizer: Any) -> bool:
-        """The optimizer holds the parameters that it held when the view was made, in the same precision."""
+        """The optimizer holds the parameters that it held when the view was made, in the same
+        precision."""
         groups = optimizer.param_groups
-        if len(groups) != len(self.params):
+        if self.lazy or len(groups) != len(self.params):
             return False
         for group, known in zip(groups, self.params, strict=True):
             params = group["params"]
@@ -194,8 +200,8 @@ class Optimizers:
     def _lend(self, wrapper: Any) -> None:
         """Note the groups of a wrapper that was given.
 
-        Its schedule is the one that counts: ZeroRedundancyOptimizer hands it on at the step, after the
-        backward pass.
+        Its schedule is the one that counts: ZeroRedundancyOptimizer hands it on at the step, after
+        the backward pass.
         """
         inner = owned_ids(inner_optimizers(wrapper))
         for index, group in enumerate(wrapper.param_groups):
@@ -212,6 +218,7 @@ class Optimizers:
         groups = [list(group["params"]) for group in optimizer.param_groups]
         # A wrapper (SAM, Lookahead) lets the optimizer inside step, whose step is the real one.
         own = [[p for p in params if id(p) not in inner] for params in groups]
+        view.lazy = any(map(is_lazy, chain.from_iterable(own)))
         wrapped = [p for params in groups for p in params if id(p) in inner]
         view.loans = []
         entries = [self._entries_of(params, decided, view) for params in own]
@@ -235,6 +242,8 @@ class Optimizers:
         found: list[Pair] = []
         others: dict[int, Tensor] = {}
         for param in params:
+            if is_lazy(param):
+                continue  # neither its device nor its dtype is settled
             entry = self._parameters.track(param, decided.get(id(param)))
             if entry is not None:
                 found.append((param, entry))
@@ -262,7 +271,8 @@ class Optimizers:
             yield loan.part, entry
 
     def _buckets(self, view: View, optimizer: Any, index: int, pairs: list[Pair]) -> list[Bucket]:
-        """The decayed parameters of one group, by terms; each goes over to the clock of the optimizer."""
+        """The decayed parameters of one group, by terms; each goes over to the clock of the
+        optimizer."""
         blind = zeroes_by_foreach(optimizer)
         own = weakref.ref(optimizer), index
         new_peak = Peak()
@@ -294,7 +304,8 @@ class Optimizers:
         return known is not None and self.was_given(known[0]) and not self.was_given(optimizer)
 
     def _release(self, view: View, before: list[Pair]) -> None:
-        """Let go of what the optimizer no longer owns: its steps are no longer steps of those parameters."""
+        """Let go of what the optimizer no longer owns: its steps are no longer steps of those
+        parameters."""
         kept = {id(entry) for _, entry in view.pairs()}
         orphans = [(p, e) for p, e in before if id(e) not in kept and e.clock is view.clock]
         if not orphans:

@@ -1,12 +1,13 @@
-"""The parameters of one attached model: what was decided for each tensor, and the entries of the decayed ones.
+"""The parameters of one attached model: what was decided for each tensor, and the entries of the
+decayed ones.
 
 A decision belongs to a tensor, whatever the tensor is called later. A tensor is recognised
 
 1. by itself: the same object, in the same place or with the same memory;
 2. by its place: another tensor of the same shape under the same local name of the same module
    (``load_state_dict(assign=True)``, sharding, conversion, materialisation);
-3. by its name: the tensor that had the name is gone from the model, and owner type and shape are the same
-   (a module that was replaced by a copy).
+3. by its name: the tensor that had the name is gone from the model, and owner type and shape are
+   the same (a module that was replaced by a copy).
 
 Any other tensor is decided when it is met, by what it is then.
 """
@@ -21,23 +22,30 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
-from .._base.torch_private import is_storage_of, storage_of
+from .._base.torch_private import hooks_of, is_storage_of, storage_of
 from .._plan.decision import Decision
-from .._plan.plan import Plan, former_name, inherited
-from .._roles.marks import is_flattened
-from .entry import Entry, Terms
+from .._plan.plan import Plan
+from .._plan.renames import former_name, inherited
+from .._roles.marks import bare_name, is_flattened
+from .._roles.places import walk
+from .entry import Entry, Progress, Terms
 from .model_ref import ModelRef
 
 _FLATTENED = "_fsdp_wrapped_module."  # FSDP1 shows parts of its flat parameter, of any shape
 
 
 class Known:
-    """A tensor that was decided: the decision, and the marks by which it is recognised."""
+    """A tensor that was decided: the decision, and the marks by which it is recognised.
 
-    __slots__ = ("decision", "key", "kind", "local", "memory", "module", "shape")
+    Attributes:
+        progress: of the tensor's entry, which it outlives; of the tensor that this one has replaced, before that.
+    """
 
-    def __init__(self, decision: Decision, found: Found) -> None:
+    __slots__ = ("decision", "key", "kind", "local", "memory", "module", "progress", "shape")
+
+    def __init__(self, decision: Decision, found: Found, progress: Progress | None = None) -> None:
         self.decision = decision
+        self.progress = progress
         self.settle(found)
 
     def settle(self, found: Found) -> None:
@@ -46,7 +54,7 @@ class Known:
         self.module = weakref.ref(found.module)
         self.local = found.local
         self.kind = type(found.module).__qualname__
-        self.shape = _shape(found.param)
+        self.shape = self.decision.shape or _shape(found.param)
         self.memory: StorageWeakRef | None = storage_of(found.param)
 
     def is_tensor(self, found: Found) -> bool:
@@ -60,7 +68,8 @@ class Known:
         return self.local == found.local and self.module() is found.module
 
     def fits(self, found: Found) -> bool:
-        """Tell a tensor that may have replaced this one: owner type and global shape are the same."""
+        """Tell a tensor that may have replaced this one: owner type and global shape are the
+        same."""
         kinds = {
             kind.__qualname__ for kind in type(found.module).__mro__
         }  # FSDP2 makes sub-classes
@@ -110,29 +119,43 @@ class Parameters:
     def walk(self) -> Iterator[Found]:
         """Every parameter of the model as it is now, once, in the order of `named_parameters`."""
         seen: set[int] = set()
-        for path, module in self._model_ref.model().named_modules():
+        for path, module, repeated in walk(self._model_ref.model()):
+            if repeated:
+                continue
             for local, param in module._parameters.items():
                 if param is not None and id(param) not in seen:
                     seen.add(id(param))
                     yield Found(f"{path}.{local}" if path else local, module, local, param)
 
     def decided(self) -> dict[int, Known]:
-        """id → what was decided, for every parameter of the model now; new tensors are decided by this call."""
+        """id → what was decided, for every parameter of the model now; new tensors are decided by
+        this call."""
         found = list(self.walk())
         result: dict[int, Known] = {}
         strangers = []
         for one in found:
             known = self._known.get(id(one.param))
-            if known is not None and known.is_tensor(one):
+            if known is not None and (known.is_tensor(one) or self._is_hooked(one.param)):
                 if not known.is_place(one):
                     known.settle(one)
                 result[id(one.param)] = known
             else:
                 strangers.append(one)
         if strangers:
+            for one in strangers:
+                self._entries.pop(id(one.param), None)  # of a tensor that had this id before
             result |= self._decide(strangers, set(map(id, result.values())))
             self._known |= result
         return result
+
+    def known(self, param: Tensor) -> Known | None:
+        """What was decided for a tensor when the handle was made."""
+        return self._known.get(id(param))
+
+    def _is_hooked(self, param: Tensor) -> bool:
+        """One of our hooks is on the parameter, and so it is the one that was hooked."""
+        entry = self._entries.get(id(param))
+        return entry is not None and entry.handle is not None and entry in hooks_of(param).values()
 
     def _decide(self, strangers: list[Found], taken: set[int]) -> dict[int, Known]:
         """Decisions on tensors that were not recognised by themselves.
@@ -142,7 +165,7 @@ class Parameters:
             taken: ids of what is known of the tensors that were recognised.
         """
         model = self._model_ref.model()
-        paths = dict(model.named_modules())
+        paths = {path: module for path, module, _ in walk(model)}
         gone = [known for known in self._known.values() if id(known) not in taken]
         places = {(id(module), k.local): k for k in gone if (module := k.module()) is not None}
         names = {known.decision.name: known for known in gone}
@@ -152,31 +175,41 @@ class Parameters:
         for one in strangers:
             before = places.get((id(one.module), one.local)) or names.get(one.name)
             if before is not None and before.fits(one):
-                result[id(one.param)] = Known(before.decision, one)
+                result[id(one.param)] = Known(before.decision, one, before.progress)
                 continue
             if newer is None:
                 newer = self._replan(model, self._plan.weight_decay)
-            former = former_name(one.name)
-            above, _, local = former.rpartition(".")
-            old = places.get((id(paths.get(above)), local)) or undone.get(former)
-            renamed = old is not None and old.decision.name != one.name
-            decision = inherited(newer[one.name], old.decision if renamed else None)
+            original = former_name(one.name)
+            above, _, local = original.rpartition(".")
+            old = places.get((id(paths.get(above)), local)) or undone.get(original)
+            decision = newer[one.name]
+            if old is not None and old.decision.name != one.name:
+                decision = inherited(decision, old.decision)
             result[id(one.param)] = Known(decision, one)
         return result
 
     # ---------------------------------------------------------------- decisions
 
-    def plan(self, weight_decay: float) -> Plan:
-        """The decisions on the model as it is now, by the names that parameters have now."""
+    def plan(self, weight_decay: float, decide: bool = True) -> Plan:
+        """The decisions on the model as it is now, by the names that parameters have now.
+
+        Args:
+            weight_decay: λ now.
+            decide: new tensors are decided; else they are left out.
+        """
         if not self._model_ref.is_alive():
             return self._plan.scaled_to(weight_decay)
-        found = {id(one.param): one.name for one in self.walk()}
-        known = self.decided()
-        renamed = {found[key]: k.decision for key, k in known.items() if key in found}
-        if list(renamed.items()) == list(self._plan.items()):
-            plan = self._plan
-        else:
-            plan = self._plan.renamed(renamed)
+        known = self.decided() if decide else self._known
+        renamed: dict[str, Decision] = {}
+        for one in self.walk():
+            if id(one.param) not in known:
+                continue
+            decision = known[id(one.param)].decision
+            wrapped = bare_name(one.name) == bare_name(decision.name)
+            renamed[decision.name if wrapped else one.name] = decision
+        plan = self._plan
+        if list(renamed.items()) != list(plan.items()):
+            plan = plan.renamed(renamed)
         return plan if plan.weight_decay == weight_decay else plan.scaled_to(weight_decay)
 
     def governed(self) -> dict[int, str]:
@@ -199,12 +232,12 @@ class Parameters:
     def track(self, param: Tensor, known: Known | None) -> Entry | None:
         """The entry of a parameter, made if there is none yet; None for an exempt parameter."""
         entry = self._entries.get(id(param))
-        if entry is not None:
-            return entry
-        if known is None or not known.decision.eligible:
-            return None
-        entry = self._entries[id(param)] = self._new_entry(known.decision)
-        if not is_lazy(param):
+        if entry is None and known is not None and known.decision.eligible:
+            entry = self._entries[id(param)] = self._new_entry(known.decision)
+            if known.progress is not None:
+                entry.resume(known.progress)
+            known.progress = entry.progress
+        if entry is not None and not hasattr(entry, "terms"):
             entry.terms = self.unowned_terms(entry, param)
         return entry
 
@@ -215,6 +248,21 @@ class Parameters:
         if terms is None:
             terms = self._unowned_terms[key] = Terms(entry.clock, None, entry, param)
         return terms
+
+    def progress(self) -> dict[str, Progress]:
+        """How far each decayed parameter of the model has come, by the name that was decided."""
+        found = {entry.name: entry.progress for entry in self.entries()}
+        for known in self.decided().values():
+            if known.progress is not None:
+                found.setdefault(known.decision.name, known.progress)
+        return found
+
+    def forget_progress(self) -> None:
+        """Forget how far parameters without an entry have come: training goes on from another point."""
+        living = {id(entry.progress) for entry in self.entries()}
+        for known in self._known.values():
+            if id(known.progress) not in living:
+                known.progress = None
 
     def pairs(self) -> Iterator[tuple[Tensor, Entry]]:
         """Every parameter of the model that has an entry, with the entry."""
@@ -233,7 +281,8 @@ class Parameters:
 
 
 def _shape(param: Tensor) -> tuple[int, ...]:
-    """Global shape; () for an uninitialized parameter. ZeRO-3 keeps the true shape in `ds_shape`."""
+    """Global shape; () for an uninitialized parameter. ZeRO-3 keeps the true shape in
+    `ds_shape`."""
     if is_lazy(param):
         return ()
     shape = getattr(param, "ds_shape", None)

@@ -24,10 +24,12 @@ class State:
         steps: finished steps of optimizers that own a decayed parameter.
         announced: a step of an optimizer that owns a decayed parameter has begun.
         captured: a step, or it seems a backward pass, has gone into a CUDA graph.
-        taken: names of parameters whose gradient was taken away in the backward pass that had made it.
-        carried: names of parameters whose gradient was taken away with its decay in it since the last step.
-        seen: names of parameters that were seen to get a gradient since the last step of any optimizer, where no
-            hook pays for it.
+        taken: names of parameters whose gradient was taken away in the backward pass that had made
+            it.
+        carried: names of parameters whose gradient was taken away with its decay in it since the
+            last step.
+        seen: names of parameters that were seen to get a gradient since the last step of any
+            optimizer, where no hook pays for it.
     """
 
     config: Config

@@ -40,11 +40,13 @@ class How:
         foreach: as in torch.optim: None chooses, True forces, False forbids.
         scale: the factor (0-dim tensor) that the gradients hold still; None stands for 1.
         found_inf: 0-dim tensor of a fused optimizer; not 0 where it will skip the step.
+        by_autograd: autograd has just added to the gradients, so they can be changed in place.
     """
 
     foreach: bool | None = None
     scale: Tensor | None = None
     found_inf: Tensor | None = None
+    by_autograd: bool = False
 
 
 class Formula:
@@ -52,8 +54,8 @@ class Formula:
 
     Attributes:
         name: the `mode` of `attach`.
-        in_gradient: True where the decay is added to gradients and shares their fate; False where it changes
-            parameters.
+        in_gradient: True where the decay is added to gradients and shares their fate; False where
+            it changes parameters.
         needs_lr: `Rates.lr` is read.
         needs_peak: `Rates.peak` is read.
     """
@@ -64,14 +66,16 @@ class Formula:
     needs_peak: bool = False
 
     def number(self, rates: Rates) -> Number:
-        """The number that is written with. All numbers of a step are computed before the first is used."""
+        """The number that is written with. All numbers of a step are computed before the first is
+        used."""
         raise NotImplementedError
 
     def pay_(self, due: Due, number: Number, how: How) -> Rest | None:
         """Decay the parameters of `due`, whose gradients are dense or sparse.
 
         Returns:
-            What is to be done after the optimizer's update, if the step is taken; None where nothing is.
+            What is to be done after the optimizer's update, if the step is taken; None where
+            nothing is.
         """
         raise NotImplementedError
 

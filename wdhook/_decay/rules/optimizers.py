@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
 from ..._base.problem import Problem
 from ..._base.torch_private import micro_batches, pipeline_schedules, stages
 from ..._base.validate import is_number
@@ -22,6 +24,7 @@ from ..optimizers import (
 )
 from ..ownership import Bucket, View
 from ..rate import check_lr
+from ..tensors import is_not_zero
 from .base import Facts
 
 
@@ -154,7 +157,7 @@ def sign_has_turned(facts: Facts) -> Iterator[Problem]:
         group = facts.optimizer.param_groups[index]
         sign = -1.0 if maximizes(facts.optimizer, group) else 1.0
         for _, pairs in buckets:
-            turned = next((e for _, e in pairs if e.sign != sign and e.paid), None)
+            turned = next((e for p, e in pairs if _has_turned(p, e, sign)), None)
             if turned is not None:
                 yield Problem(
                     "`maximize` of the optimizer is not what it was, or was not known, in the backward pass: the "
@@ -167,6 +170,13 @@ def sign_has_turned(facts: Facts) -> Iterator[Problem]:
                     },
                     (turned.name,),
                 )
+
+
+def _has_turned(param: Tensor, entry: Entry, sign: float) -> bool:
+    """Tell a gradient that holds decay with the other sign. Zeroed gradients hold none; only suspects are read."""
+    if entry.receipt.sign == sign or not entry.paid or param.grad is None:
+        return False
+    return is_not_zero(param.grad)
 
 
 def decay_would_be_decoupled(facts: Facts) -> Iterator[Problem]:

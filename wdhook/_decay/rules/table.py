@@ -1,4 +1,5 @@
-"""Every rule, one row each, in the order in which they look. docs/limits.md is made from this table."""
+"""Every rule, one row each, in the order in which they look. docs/limits.md is made from this
+table."""
 
 from __future__ import annotations
 
@@ -233,7 +234,7 @@ RULES = (
         MasterWeightsError,
         Moment.FOREIGN_STEP,
         ownership.taken_by_engine,
-        "DeepSpeed's ZeRO or Megatron-core, which take gradients away in the backward pass, at `\"backward\"`; or a "
+        'DeepSpeed\'s ZeRO or Megatron-core, which take gradients away in the backward pass, at `"backward"`; or a '
         "feature of theirs that hides what is stepped (NVMe, ZenFlow, Muon)",
         'at `attach`, in the first backward pass or at the first step; names `at="step"`',
     ),
@@ -363,6 +364,15 @@ RULES = (
         "parameters move between backward passes, and torch announces no step: a loop without `torch.optim`, an "
         "optimizer whose `step` is replaced or never called",
         'at `"backward"` each move counts as a step; at `"step"` nothing is decayed',
+        asked=True,
+    ),
+    Rule(
+        "moved-in-the-pass",
+        WdhookWarning,
+        Moment.BACKWARD,
+        gradients.moved_in_the_pass,
+        "a parameter is updated during the backward pass, by something that is no post-accumulate-grad hook of it",
+        "its decay comes when the pass ends, too late",
         asked=True,
     ),
     Rule(
