@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(
 def test_megatron_decays_as_the_engine_does(
     two: Group, dtype: torch.dtype, sharded: bool, mode: str
 ) -> None:
-    """Three micro-batches for each step; float32 copies, and slices of them, stand for the parameters."""
+    """Three micro-batches for each step; float32 copies, and slices of them, stand for the
+    parameters."""
     for clip in (0.0, 0.05):
         for handle in two(compare, Cell(mode, dtype, sharded, clip=clip)):
             assert "steps=5" in handle
@@ -36,7 +37,8 @@ def test_decay_in_the_backward_is_refused(two: Group, dtype: torch.dtype) -> Non
     """At `attach`, with the argument that works."""
     for said in two(refusal, Cell("coupled", dtype, at="backward")):
         assert said.startswith("gradient-taken-by-engine: ")
-        assert "Megatron-core" in said and 'Use attach(..., at="step")' in said
+        assert "Megatron-core" in said
+        assert 'Use attach(..., at="step")' in said
 
 
 def test_the_plan_as_overrides(two: Group) -> None:

@@ -1,4 +1,5 @@
-"""Engines that take gradients away and step tensors of their own: whatever they are called, no decay is lost in silence."""
+"""Engines that take gradients away and step tensors of their own: whatever they are called, no
+decay is lost in silence."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from wdhook._decay.optimizers import innermost, keeps_two_sequences
 
 
 class Engine:
-    """An invented engine: its hooks move gradients to a flat buffer, and its optimizer steps a flat copy."""
+    """An invented engine: its hooks move gradients to a flat buffer, and its optimizer steps a
+    flat copy."""
 
     def __init__(self, model: nn.Module) -> None:
         self.params = list(model.parameters())
@@ -73,7 +75,8 @@ def train(model: nn.Module, engine: Engine, micro: int, steps: int = 4) -> None:
 
 
 def ways() -> Iterator[tuple[str, str, bool, bool, int]]:
-    """mode, at, attached before the engine is made, given the optimizer that the engine replaces, micro-batches."""
+    """mode, at, attached before the engine is made, given the optimizer that the engine replaces,
+    micro-batches."""
     for mode, at in product(("coupled", "decoupled", "independent"), ("backward", "step")):
         for before, given, micro in product((False, True), (False, True), (1, 3)):
             if at == "backward" and mode != "coupled" and not given:
@@ -119,7 +122,8 @@ def test_coupled_decay_travels_with_one_micro_batch(before: bool) -> None:
         loss_of(twin, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
-    # The flat optimizer adds -lr·(g + λp) as the other does: the same roundings, in another order of addition.
+    # The flat optimizer adds -lr·(g + λp) as the other does: the same roundings, in another order
+    # of addition.
     assert_close(model.state_dict(), twin.state_dict(), 1e-6)
 
 
@@ -127,9 +131,9 @@ def test_coupled_decay_travels_with_one_micro_batch(before: bool) -> None:
 def test_an_engine_that_takes_gradients_at_its_step_is_refused(mode: Any) -> None:
     """No pass was seen to lose a gradient, but it is gone at each step: the second is refused."""
     model = perceptron()
-    with wdhook.attach(model, λ, mode=mode, at="step"):
-        with pytest.raises(wdhook.MasterWeightsError) as error:
-            train(model, SlowEngine(model), micro=2)
+    handle = wdhook.attach(model, λ, mode=mode, at="step")
+    with handle, pytest.raises(wdhook.MasterWeightsError) as error:
+        train(model, SlowEngine(model), micro=2)
     assert error.value.rule == "gradient-taken"
 
 
@@ -146,7 +150,8 @@ def test_an_engine_that_takes_a_given_optimizer_apart_is_told() -> None:
 
 
 def test_optimizers_of_others_are_no_engines() -> None:
-    """A critic is stepped while the generator's gradients are gone: the generator has an optimizer of its own."""
+    """A critic is stepped while the generator's gradients are gone: the generator has an optimizer
+    of its own."""
     generator, critic = perceptron(), nn.Linear(2, 1)
     optimizer = torch.optim.SGD(generator.parameters(), lr=LR)
     other = torch.optim.SGD(critic.parameters(), lr=LR)
@@ -173,7 +178,8 @@ class Listed:
 
 
 class Wrapper:
-    """An optimizer that is none of torch's, with `train` and `eval` for any optimizer inside: accelerate's is alike."""
+    """An optimizer that is none of torch's, with `train` and `eval` for any optimizer inside:
+    accelerate's is alike."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -195,7 +201,8 @@ class Wrapper:
 
 
 def test_wrappers_of_any_class_are_looked_into() -> None:
-    """Neither `train` and `eval` of a wrapper, nor a state that is no mapping, are taken for ScheduleFree's."""
+    """Neither `train` and `eval` of a wrapper, nor a state that is no mapping, are taken for
+    ScheduleFree's."""
     model = perceptron()
     inner = torch.optim.SGD(model.parameters(), lr=LR)
     wrapper = Wrapper(Wrapper(inner))

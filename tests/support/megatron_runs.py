@@ -1,4 +1,5 @@
-"""Short trainings with Megatron-core, in the processes of a `Group`: with wdhook, or with the engine's own decay."""
+"""Short trainings with Megatron-core, in the processes of a `Group`: with wdhook, or with the
+engine's own decay."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class Cell:
 
 
 class _OnCpu(TorchFunctionMode):
-    """Megatron-core makes its tensors on CUDA, and asks parameters for the names of their CUDA types."""
+    """Megatron-core makes its tensors on CUDA, and asks parameters for the names of their CUDA
+    types."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `func` with a device of the CPU."""
@@ -137,7 +139,8 @@ def refusal(cell: Cell) -> str:
 
 
 def planned(cell: Cell) -> None:
-    """Raise unless Megatron decays by a plan that it was given as `config_overrides`, and by nothing else."""
+    """Raise unless Megatron decays by a plan that it was given as `config_overrides`, and by
+    nothing else."""
     model = perceptron(cell.dtype)
     plan = wdhook.plan(model, λ)
     with on_cpu():

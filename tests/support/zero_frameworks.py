@@ -141,7 +141,8 @@ def _trained(cell: Cell, folder: str, callback: Any, own: bool) -> list[Tensor]:
 
 
 def compare_trainer(cell: Cell, folder: str) -> str:
-    """Raise unless the callback decays as the Trainer does; the error of the callback with its defaults."""
+    """Raise unless the callback decays as the Trainer does; the error of the callback with its
+    defaults."""
     from wdhook.integrations.transformers import WeightDecayCallback
 
     own = _trained(cell, folder, None, own=True)

@@ -1,4 +1,5 @@
-"""Short trainings with DeepSpeed, in the processes of a `Group`: with wdhook, or with the engine's own decay."""
+"""Short trainings with DeepSpeed, in the processes of a `Group`: with wdhook, or with the engine's
+own decay."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def ready() -> Any:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    # float16 is slow on CPUs, and DeepSpeed does not offer it there; the loss scaling is the same everywhere.
+    # float16 is slow on CPUs, and DeepSpeed does not offer it there; the loss scaling is the same
+    # everywhere.
     kind = type(get_accelerator())
     kind.is_fp16_supported = lambda self: True
     kind.supported_dtypes = lambda self: [torch.float, torch.half, torch.bfloat16]
@@ -168,7 +170,8 @@ def final(cell: Cell, own: bool) -> tuple[dict[str, Tensor], int, str]:
 
 
 def compare(cell: Cell) -> tuple[int, str]:
-    """Raise unless wdhook and the engine's own decay end with the same bits, and no decay with others.
+    """Raise unless wdhook and the engine's own decay end with the same bits, and no decay with
+    others.
 
     Returns:
         The number of skipped steps, and the handle.
@@ -195,7 +198,8 @@ def refusal(cell: Cell) -> str:
 
 
 def undecayed(cell: Cell) -> float:
-    """The largest difference between a training with the engine's decay and one without any: the twin that fails."""
+    """The largest difference between a training with the engine's decay and one without any: the
+    twin that fails."""
     theirs, *_ = final(cell, own=True)
     run = Run(cell, own=False)
     assert run.decay is not None
@@ -209,7 +213,8 @@ def undecayed(cell: Cell) -> float:
 def resumed(cell: Cell, folder: str) -> tuple[str, list[float]]:
     """Raise unless a run that is saved and resumed goes on as one that was not interrupted.
 
-    λ falls with the steps, and so does the learning rate. Every rank resumes with the state that rank 0 has saved.
+    λ falls with the steps, and so does the learning rate. Every rank resumes with the state that
+    rank 0 has saved.
 
     Returns:
         The resumed handle, and λ after each step of it.

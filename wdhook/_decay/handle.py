@@ -22,10 +22,13 @@ class WeightDecay:
     handle that is thrown away removes nothing. A copy or a pickle of a handle is detached.
     """
 
-    __slots__ = ("__weakref__", "_at", "_engine", "_mode", "_plan")
+    __slots__ = ("__weakref__", "_at", "_engine", "_is_copy", "_mode", "_plan")
 
-    def __init__(self, engine: Engine | None, plan: Plan, mode: str, at: str):
+    def __init__(
+        self, engine: Engine | None, plan: Plan, mode: str, at: str, is_copy: bool = False
+    ) -> None:
         self._engine = engine
+        self._is_copy = is_copy
         self._plan = plan
         self._mode = mode
         self._at = at
@@ -186,6 +189,8 @@ class WeightDecay:
             if self._engine is None or self._engine.closed
             else f"steps={self._engine.state.steps}"
         )
+        if self._is_copy:
+            life = "removed (a copy: attach again)"
         return (
             f"WeightDecay({plan.weight_decay:g}, mode={self.mode!r}, at={self.at!r}, "
             f"decayed={len(plan.decayed)} of {len(plan)} tensors, {life})"
@@ -193,4 +198,4 @@ class WeightDecay:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A model may keep its handle as an attribute and still be copied: its copy has no hooks.
-        return WeightDecay, (None, self.plan, self.mode, self.at)
+        return WeightDecay, (None, self.plan, self.mode, self.at, True)

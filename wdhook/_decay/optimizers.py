@@ -223,7 +223,8 @@ def owned_ids(optimizers: Iterable[Any]) -> set[int]:
 
 
 def inner_optimizers(optimizer: object) -> Iterator[Any]:
-    """Optimizers that `optimizer` holds, as SAM, Lookahead and accelerate's wrapper do; some hold several.
+    """Optimizers that `optimizer` holds, as SAM, Lookahead and accelerate's wrapper do; some hold
+    several.
 
     Optimizers of engines (DeepSpeed, Megatron-core) need be no torch Optimizers.
     """

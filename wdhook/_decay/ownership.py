@@ -41,7 +41,8 @@ class View:
         params: all parameters of each group, when the view was made.
         dtypes: of the first parameter of each bucket, when the view was made.
         loans: parts of flat tensors that the optimizer steps in place of decayed parameters.
-        counts: its steps are steps of the handle; of the flat tensors of one optimizer, those of the first are.
+        counts: its steps are steps of the handle; of the flat tensors of one optimizer, those of
+            the first are.
         changes: how often the view was made.
         lazy: some parameter was not materialised when the view was made.
         unchecked: no step has been checked since the view was made.
@@ -133,7 +134,8 @@ class Optimizers:
         return any(optimizer is other for other in self.given())
 
     def met(self) -> list[Any]:
-        """Every optimizer, or flat tensor of one, that owns a decayed parameter and was given or has stepped."""
+        """Every optimizer, or flat tensor of one, that owns a decayed parameter and was given or
+        has stepped."""
         return [o for o, view in list(self._views.items()) if view.owns_any()]
 
     def views(self) -> list[View]:
@@ -146,10 +148,11 @@ class Optimizers:
         return view
 
     def _key(self, optimizer: Any) -> Any:
-        """The optimizer; or the one flat tensor that it steps now, where an engine lets it step several in turn.
+        """The optimizer, or the flat tensor that it steps now, where it steps several in turn.
 
-        ZeRO lets its optimizer step one flat tensor of each param group after the other, in a step of its own: each
-        has a clock, so that a schedule goes on once for each step of the engine.
+        ZeRO lets its optimizer step the flat tensors of its param groups one after the other, each
+        in a step of its own: each has a clock, so that a schedule goes on once for each step of the
+        engine.
         """
         params = list(islice(chain.from_iterable(g["params"] for g in optimizer.param_groups), 2))
         if len(params) != 1 or self._parameters.entry(params[0]) is not None:
@@ -161,7 +164,7 @@ class Optimizers:
         return optimizer
 
     def _counts_already(self) -> bool:
-        """Some flat tensor that holds decayed parameters is stepped in its turn, and counts the steps."""
+        """A flat tensor with decayed parameters is stepped in its turn, and counts the steps."""
         known = list(self._views.items())
         return any(view.loans for key, view in known if isinstance(key, Tensor))
 
@@ -183,7 +186,7 @@ class Optimizers:
     def meet(self, optimizer: Any) -> View:
         """The view of an optimizer, made anew if its parameters have changed."""
         key = self._key(optimizer)
-        view = self._views.get(key)
+        view: View | None = self._views.get(key)
         if view is not None and view.is_current(optimizer):
             return view
         before = [] if view is None else list(view.pairs())
@@ -256,7 +259,7 @@ class Optimizers:
     def _entries_behind(
         self, stepped: dict[int, Tensor], decided: dict[int, Known], view: View
     ) -> Iterator[Pair]:
-        """The parameters that tensors of an engine stand for; what stands for each takes its place."""
+        """The parameters that tensors of an engine stand for, with those in their place."""
         for param, stand_in in self._stand_ins(stepped.values()):
             if id(stand_in.stepped) not in stepped:
                 continue

@@ -1,7 +1,8 @@
-"""Tensors that distributed engines step in place of parameters: DeepSpeed's ZeRO and Megatron-core's `main_param`.
+"""Tensors that DeepSpeed's ZeRO and Megatron-core step in place of parameters.
 
-These engines take gradients away in the backward pass and step float32 copies of their own, flat or whole. Each
-leaves attributes on the parameters, which lead to the copy. Nothing of an engine is imported here.
+These engines take gradients away in the backward pass and step float32 copies of their own, flat
+or whole. Each leaves attributes on the parameters, which lead to the copy. Nothing of an engine is
+imported here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class Engine(NamedTuple):
 
     Attributes:
         name: as messages show it.
-        refusal: the feature of the engine under which nothing tells what is stepped; empty where something does.
+        refusal: the feature of the engine under which nothing tells what is stepped; empty where
+            something does.
         advice: how to let the engine decay.
     """
 
@@ -34,9 +36,11 @@ class StandIn(NamedTuple):
     """The part of a tensor that an engine steps in this process in place of one parameter.
 
     Attributes:
-        stepped: the tensor in the param groups of the optimizer; 1-D where it stands for several parameters.
+        stepped: the tensor in the param groups of the optimizer; 1-D where it stands for several
+            parameters.
         start: first element of the part.
-        numel: elements of the part; 0 where other processes hold the parameter. None for the whole tensor.
+        numel: elements of the part; 0 where other processes hold the parameter. None for the whole
+            tensor.
     """
 
     stepped: Tensor
@@ -45,7 +49,7 @@ class StandIn(NamedTuple):
 
 
 def engine_of(param: Tensor) -> Engine | None:
-    """The engine that takes the gradients of a parameter away, by the attributes that it leaves there."""
+    """The engine that takes the gradients of a parameter away, told by its attributes there."""
     zero = zero_optimizer_of(param)
     if zero is not None:
         stage = 3 if hasattr(param, "_z3_optimizer") else 1 + bool(zero.partition_gradients)
@@ -64,7 +68,7 @@ _OVERRIDES = "give get_megatron_optimizer the plan as `config_overrides` (docs/d
 
 
 def _refusal_of_zero(zero: Any) -> str:
-    """The feature under which ZeRO steps otherwise than by its base optimizer, on float32 copies in memory."""
+    """The feature under which ZeRO does more than let its base optimizer step float32 copies."""
     if getattr(zero, "swap_optimizer", False):
         return "offload_optimizer to NVMe"
     if getattr(zero, "zenflow", False):
@@ -77,7 +81,8 @@ def _refusal_of_zero(zero: Any) -> str:
 def zero_optimizer_of(param: Tensor) -> Any | None:
     """The ZeRO optimizer of DeepSpeed that trains a parameter.
 
-    Stages 1 and 2 note it on the parameter with offload alone; their gradient hook always refers to it.
+    Stages 1 and 2 note it on the parameter with offload alone; their gradient hook always refers
+    to it.
     """
     for name in ("_z3_optimizer", "_zero_optimizer"):
         zero = getattr(param, name, None)
@@ -93,7 +98,7 @@ def zero_optimizer_of(param: Tensor) -> Any | None:
 
 
 def stand_in_of(param: Tensor) -> StandIn | None:
-    """The tensor that is stepped in this process in place of a parameter; None where there is none."""
+    """The tensor that is stepped here in place of a parameter; None where there is none."""
     zero = zero_optimizer_of(param)
     if zero is None:
         main = getattr(param, "main_param", None)
@@ -108,7 +113,7 @@ def stand_in_of(param: Tensor) -> StandIn | None:
 
 
 def _in_partition(param: Tensor, zero: Any) -> StandIn | None:
-    """The part of a flat partition, one for each param group, that ZeRO-1 or 2 steps in this process."""
+    """The part of the flat partition of its param group that ZeRO-1 or 2 steps in this process."""
     position = getattr(param, "param_idx_in_group", None)
     mapping = getattr(param, "_hp_mapping", None)
     for index, group in enumerate(zero.bit16_groups):
@@ -123,7 +128,7 @@ def _in_partition(param: Tensor, zero: Any) -> StandIn | None:
 
 
 class Loan:
-    """A tensor of our own for the part of a flat tensor, which borrows the part's gradient during a step.
+    """A tensor for a part of a flat tensor, which borrows the part's gradient during a step.
 
     Attributes:
         part: 1-D view of the part.
@@ -164,7 +169,8 @@ def stand_ins(
 
     Args:
         params: of the model.
-        stepped: tensors of an optimizer. Megatron's distributed optimizer leaves no other trace of float32 slices.
+        stepped: tensors of an optimizer. Megatron's distributed optimizer leaves no other trace of
+            float32 slices.
     """
     slices = list(stepped)
     for param in params:

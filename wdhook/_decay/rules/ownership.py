@@ -135,7 +135,7 @@ def _is_owned_elsewhere(param: Tensor) -> bool:
 
 
 def _is_stepped_elsewhere(param: Tensor, held: list[Tensor]) -> bool:
-    """A known engine steps the parameter in another of its steps, or in another process: nothing `held` is of it."""
+    """A known engine steps the parameter in another step or process: none of `held` is of it."""
     stand_in = stand_in_of(param)
     if stand_in is not None:
         return all(stand_in.stepped is not tensor for tensor in held)
@@ -143,7 +143,7 @@ def _is_stepped_elsewhere(param: Tensor, held: list[Tensor]) -> bool:
 
 
 def _will_step_it(param: Tensor, announced_too: bool) -> bool:
-    """Some optimizer of the process owns the parameter, and may step it; one that torch announces, where asked."""
+    """Some optimizer owns the parameter and may step it; one that torch announces, if asked."""
     for optimizer in living_optimizers():
         if id(param) in owned_ids([optimizer]) and (
             announced_too or not announces_steps(optimizer)
@@ -241,16 +241,16 @@ def taken_by_engine(facts: Facts) -> Iterator[Problem]:
         known = {"parameter": facts.state.describe(name, param), "engine": engine.name}
         if engine.refusal:
             yield Problem(
-                "The engine takes gradients away in the backward pass, and with this feature of it wdhook does not "
-                "know what is stepped: decay would be lost.",
+                "The engine takes gradients away in the backward pass, and with this feature of it "
+                "wdhook does not know what is stepped: decay would be lost.",
                 f"Let the engine decay: {engine.advice}",
                 {**known, "feature": engine.refusal},
                 (name,),
             )
         elif facts.state.config.in_backward:
             yield Problem(
-                "The engine takes gradients away in the backward pass, each micro-batch alone, so decay "
-                'at "backward" would be lost or done several times.',
+                "The engine takes gradients away in the backward pass, each micro-batch alone, so "
+                'decay at "backward" would be lost or done several times.',
                 f'Use attach(..., at="step"); or let the engine decay: {engine.advice}',
                 {**known, "at": "backward"},
                 (name,),
@@ -259,9 +259,9 @@ def taken_by_engine(facts: Facts) -> Iterator[Problem]:
 
 
 class GradientsVanish:
-    """Finds parameters that get gradients, while an optimizer steps that does not own them, and no gradient is there.
+    """Finds parameters whose gradient is gone when an optimizer steps that does not own them.
 
-    An engine has taken it, whatever engine that is, and steps tensors of its own.
+    An engine has taken the gradient, whatever engine that is, and steps tensors of its own.
     """
 
     def __init__(self) -> None:
@@ -285,8 +285,9 @@ class GradientsVanish:
         if _will_step_it(gone[0].param, announced_too=bool(state.steps) or not lost_in_pass):
             return  # an optimizer that comes in its turn, or has stepped inside the backward pass
         yield Problem(
-            "A decayed parameter got gradients in the backward pass and lost them (an engine keeps them in buffers "
-            "of its own), and the optimizer that steps does not own the parameter: no decay reaches it.",
+            "A decayed parameter got gradients in the backward pass and lost them (an engine keeps "
+            "them in buffers of its own), and the optimizer that steps does not own the parameter: "
+            "no decay reaches it.",
             "Let the optimizer or the engine decay: give it wdhook.param_groups(model, λ)",
             {
                 "parameter": state.describe(gone[0].name, gone[0].param),

@@ -234,7 +234,8 @@ RULES = (
         MasterWeightsError,
         Moment.FOREIGN_STEP,
         ownership.taken_by_engine,
-        'DeepSpeed\'s ZeRO or Megatron-core, which take gradients away in the backward pass, at `"backward"`; or a '
+        "DeepSpeed's ZeRO or Megatron-core, which take gradients away in the backward pass, at "
+        '`"backward"`; or a '
         "feature of theirs that hides what is stepped (NVMe, ZenFlow, Muon)",
         'at `attach`, in the first backward pass or at the first step; names `at="step"`',
     ),
