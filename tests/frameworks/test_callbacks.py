@@ -42,17 +42,14 @@ def test_a_run_that_begins_ends_the_last_one() -> None:
     assert not _listener.attached()
 
 
-class ZeroOptimizer(torch.optim.SGD):
-    """Stands for DeepSpeed's."""
-
-    __module__ = "deepspeed.runtime.zero.stage_1_and_2"
-
-
-def test_deepspeed_is_refused() -> None:
-    """Its optimizers take gradients away as they come: an error before anything is attached."""
+def test_an_engine_that_takes_gradients_is_refused() -> None:
+    """Megatron's `main_grad` tells it: an error with the argument that works, and nothing is attached."""
     net = perceptron()
-    with pytest.raises(
-        wdhook.UnsupportedOptimizerError, match=r"ZeroOptimizer\n.*wdhook.param_groups\(model, λ\)"
-    ):
-        Attached(λ, {}).attach(net, [ZeroOptimizer(net.parameters(), lr=0.1)], None)
+    for param in net.parameters():
+        param.main_grad = torch.zeros_like(param)
+    with pytest.raises(wdhook.MasterWeightsError, match=r'(?s)Megatron-core.*at="step"'):
+        Attached(λ, {}).attach(net, [torch.optim.SGD(net.parameters(), lr=0.1)], None)
     assert not _listener.attached()
+    callback = Attached(λ, {"at": "step"})
+    callback.attach(net, [torch.optim.SGD(net.parameters(), lr=0.1)], None)
+    callback.remove()

@@ -220,15 +220,10 @@ def test_after_an_exception(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- refusals
 
 
-class OfDeepSpeed(torch.optim.SGD):
-    """Stands for DeepSpeed's, which needs a GPU."""
-
-    __module__ = "deepspeed.runtime.zero.stage_1_and_2"
-
-
-def refuse_deepspeed(folder: Path) -> None:
+def refuse_taken_gradients(folder: Path) -> None:
     trainer = trainer_of(perceptron(), folder, WeightDecayCallback(λ))
-    trainer.optimizer = OfDeepSpeed(trainer.model.parameters(), lr=0.1)
+    for param in trainer.model.parameters():
+        param.main_grad = torch.zeros_like(param)
     trainer.train()
 
 
@@ -253,10 +248,10 @@ REFUSED = {
         wdhook.DoubleDecayError,
         ["net.0.weight", "AdamW", "0.01"],
     ),
-    "DeepSpeed": (
-        refuse_deepspeed,
-        wdhook.UnsupportedOptimizerError,
-        ["OfDeepSpeed", "wdhook.param_groups(model, λ)"],
+    "an engine that takes gradients": (
+        refuse_taken_gradients,
+        wdhook.MasterWeightsError,
+        ["Megatron-core", 'at="step"'],
     ),
     "two callbacks": (
         lambda folder: train(

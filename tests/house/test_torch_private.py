@@ -483,6 +483,9 @@ def test_every_name_of_the_door_has_a_test() -> None:
 
 # Private names that are read outside of the door, with the reason.
 ALLOWED = {
+    "_z3_optimizer": "of DeepSpeed, which leaves it on parameters",
+    "_zero_optimizer": "of DeepSpeed, likewise",
+    "_hp_mapping": "of DeepSpeed, likewise: the parameter's place in the flat copy",
     "_parameters": "of nn.Module: the only way to a parameter by its owner's local name",
     "_modules": "of nn.Module: likewise",
     "_foreach_add_": "the kernel of torch.optim, public by use",

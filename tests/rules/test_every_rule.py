@@ -343,6 +343,16 @@ def master_weights(broken: bool, _: Any) -> None:
     SGD(copies if broken else model.parameters(), lr=LR).step()
 
 
+@training_of("gradient-taken-by-engine")
+def gradient_taken_by_engine(broken: bool, _: Any) -> None:
+    """Megatron-core takes each gradient into `main_grad`, and decay was to come before."""
+    model = perceptron()
+    for param in model.parameters() if broken else ():
+        param.main_grad = torch.zeros_like(param)
+    wdhook.attach(model, λ)
+    backward(model)
+
+
 @training_of("gradient-taken")
 def gradient_taken(broken: bool, _: Any) -> None:
     """An engine takes each gradient away in the backward pass, and steps buffers of its own."""

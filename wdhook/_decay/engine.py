@@ -56,6 +56,7 @@ class Engine:
         """Register a hook on every decayed parameter; all of them or none."""
         try:
             self._track()
+            self.rules.tell("gradient-taken-by-engine", Facts(self.state))
             for optimizer in self.state.optimizers.given():
                 view = self.view(optimizer)
                 if not view.clock.announced:  # no step will come at which the rules could look

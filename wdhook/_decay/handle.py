@@ -163,10 +163,13 @@ class WeightDecay:
     handle that is thrown away removes nothing. A copy or a pickle of a handle is detached.
     """
 
-    __slots__ = ("__weakref__", "_at", "_engine", "_mode", "_plan")
+    __slots__ = ("__weakref__", "_at", "_engine", "_is_copy", "_mode", "_plan")
 
-    def __init__(self, engine: Engine | None, plan: Plan, mode: str, at: str):
+    def __init__(
+        self, engine: Engine | None, plan: Plan, mode: str, at: str, is_copy: bool = False
+    ) -> None:
         self._engine = engine
+        self._is_copy = is_copy
         self._plan = plan
         self._mode = mode
         self._at = at
@@ -352,7 +355,7 @@ class WeightDecay:
         plan = self.plan
         decayed = len(plan.decayed)
         if self._engine is None or self._engine.closed:
-            life = "removed"
+            life = "removed (a copy: attach again)" if self._is_copy else "removed"
         else:
             life = f"steps={self._engine.state.steps}"
             frozen = len(_checked(self._engine).frozen)
@@ -369,4 +372,4 @@ class WeightDecay:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A model may keep its handle as an attribute and still be copied: its copy has no hooks.
-        return WeightDecay, (None, self.plan, self.mode, self.at)
+        return WeightDecay, (None, self.plan, self.mode, self.at, True)

@@ -218,13 +218,23 @@ def owned_ids(optimizers: Iterable[Any]) -> set[int]:
     }
 
 
-def inner_optimizers(optimizer: object) -> Iterator[Optimizer]:
+def inner_optimizers(optimizer: object) -> Iterator[Any]:
     """Optimizers that `optimizer` holds, as SAM, Lookahead and accelerate's wrapper do; some hold
-    several."""
+    several.
+
+    Optimizers of engines (DeepSpeed, Megatron-core) need be no torch Optimizers.
+    """
     for value in getattr(optimizer, "__dict__", {}).values():
         for member in _members(value):
-            if isinstance(member, Optimizer) and member is not optimizer:
+            if member is not optimizer and is_optimizer(member):
                 yield member
+
+
+def is_optimizer(thing: object) -> bool:
+    """Tell an optimizer, of whatever class: it has param groups, and a step."""
+    if isinstance(thing, (Tensor, torch.nn.Module, type)):
+        return False
+    return hasattr(thing, "param_groups") and callable(getattr(thing, "step", None))
 
 
 def _members(value: object) -> Iterable[object]:
@@ -278,21 +288,17 @@ def keeps_two_sequences(optimizer: Any) -> bool:
     the per-parameter state: the point ``z``, an average ``x_k``, or the start ``x0`` to which sums
     of gradients are added.
     """
-    if all(_is_own_method(optimizer, name) for name in ("train", "eval")):
+    if all(callable(getattr(optimizer, name, None)) for name in ("train", "eval")):
         return True
     if any("train_mode" in group for group in optimizer.param_groups):
         return True
-    state = getattr(optimizer, "state", {})  # one that is no torch Optimizer may have none
+    state = getattr(optimizer, "state", {})
+    if not isinstance(
+        state, Mapping
+    ):  # one that is no torch Optimizer may have none, or another kind
+        return False
     for group in optimizer.param_groups:
         first = next(iter(group["params"]), None)
         if first is not None and not _SEQUENCES.isdisjoint(state.get(first, ())):
             return True
     return False
-
-
-def _is_own_method(optimizer: object, name: str) -> bool:
-    """Tell a method of the optimizer from one that a wrapper has for any optimizer, as
-    accelerate's do."""
-    method = getattr(type(optimizer), name, None)
-    module = getattr(method, "__module__", "") or ""
-    return callable(method) and not module.startswith("accelerate.")

@@ -4,8 +4,8 @@ terms."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from operator import is_
 from typing import Any
 
@@ -24,6 +24,7 @@ from .optimizers import (
 )
 from .parameters import Known, Parameters
 from .rate import Rate
+from .stand_ins import Loan, StandIn, stand_ins
 from .window import Clock
 
 Bucket = tuple[Terms, list[Pair]]
@@ -39,6 +40,9 @@ class View:
         sample: the smallest of those; None where there is none.
         params: all parameters of each group, when the view was made.
         dtypes: of the first parameter of each bucket, when the view was made.
+        loans: parts of flat tensors that the optimizer steps in place of decayed parameters.
+        counts: its steps are steps of the handle; of the flat tensors of one optimizer, those of
+            the first are.
         changes: how often the view was made.
         lazy: some parameter was not materialised when the view was made.
         unchecked: no step has been checked since the view was made.
@@ -48,8 +52,10 @@ class View:
         "buckets",
         "changes",
         "clock",
+        "counts",
         "dtypes",
         "lazy",
+        "loans",
         "params",
         "sample",
         "unchecked",
@@ -63,6 +69,8 @@ class View:
         self.sample: Tensor | None = None
         self.params: list[list[Tensor]] = []
         self.dtypes: list[torch.dtype] = []
+        self.loans: list[Loan] = []
+        self.counts = True
         self.changes = 0
         self.lazy = False
         self.unchecked = True
@@ -77,6 +85,8 @@ class View:
             params = group["params"]
             if len(params) != len(known) or not all(map(is_, params, known)):
                 return False
+        if not all(loan.is_current() for loan in self.loans):
+            return False
         dtypes = (pairs[0][0].dtype for _, pairs in chain.from_iterable(self.buckets))
         return all(map(is_, dtypes, self.dtypes))
 
@@ -91,6 +101,16 @@ class View:
     def owns_any(self) -> bool:
         """The optimizer owns a decayed parameter."""
         return any(self.buckets)
+
+    def borrow_gradients(self) -> None:
+        """Let parts of flat tensors have their parts of the gradients that are there now."""
+        for loan in self.loans:
+            loan.borrow()
+
+    def give_gradients_back(self) -> None:
+        """Let go of those gradients: the step has ended."""
+        for loan in self.loans:
+            loan.give_back()
 
 
 class Optimizers:
@@ -114,7 +134,8 @@ class Optimizers:
         return any(optimizer is other for other in self.given())
 
     def met(self) -> list[Any]:
-        """Every optimizer that owns a decayed parameter and was given or has stepped."""
+        """Every optimizer, or flat tensor of one, that owns a decayed parameter and was given or
+        has stepped."""
         return [o for o, view in list(self._views.items()) if view.owns_any()]
 
     def views(self) -> list[View]:
@@ -123,8 +144,32 @@ class Optimizers:
 
     def known_view(self, optimizer: Any) -> View | None:
         """The view of an optimizer that was met before, as it was then."""
-        view: View | None = self._views.get(optimizer)
+        view: View | None = self._views.get(self._key(optimizer))
         return view
+
+    def _key(self, optimizer: Any) -> Any:
+        """The optimizer, or the flat tensor that it steps now, where it steps several in turn.
+
+        ZeRO lets its optimizer step the flat tensors of its param groups one after the other, each
+        in a step of its own: each has a clock, so that a schedule goes on once for each step of the
+        engine.
+        """
+        params = list(islice(chain.from_iterable(g["params"] for g in optimizer.param_groups), 2))
+        if len(params) != 1 or self._parameters.entry(params[0]) is not None:
+            return optimizer
+        if next(inner_optimizers(optimizer), None) is not None:
+            return optimizer  # a wrapper shows the groups of the optimizer inside
+        if any(params[0] is one.stepped for _, one in self._stand_ins() if one.numel is not None):
+            return params[0]
+        return optimizer
+
+    def _counts_already(self) -> bool:
+        """A flat tensor with decayed parameters is stepped in its turn, and counts the steps."""
+        known = list(self._views.items())
+        return any(view.loans for key, view in known if isinstance(key, Tensor))
+
+    def _stand_ins(self, stepped: Iterable[Tensor] = ()) -> Iterator[tuple[Tensor, StandIn]]:
+        return stand_ins((found.param for found in self._parameters.walk()), stepped)
 
     def forget(self) -> None:
         """Forget every view: they are made anew when they are asked for."""
@@ -140,16 +185,18 @@ class Optimizers:
 
     def meet(self, optimizer: Any) -> View:
         """The view of an optimizer, made anew if its parameters have changed."""
-        view = self.known_view(optimizer)
+        key = self._key(optimizer)
+        view: View | None = self._views.get(key)
         if view is not None and view.is_current(optimizer):
             return view
         before = [] if view is None else list(view.pairs())
         if view is None:
             view = View(self._rate.new_clock(announces_steps(optimizer)))
+            view.counts = key is optimizer or not self._counts_already()
         if self.was_given(optimizer):
             self._lend(optimizer)
         self._fill(view, optimizer)
-        self._views[optimizer] = view  # only now: a look that raised is no look
+        self._views[key] = view  # only now: a look that raised is no look
         self._release(view, before)
         return view
 
@@ -176,7 +223,8 @@ class Optimizers:
         own = [[p for p in params if id(p) not in inner] for params in groups]
         view.lazy = any(map(is_lazy, chain.from_iterable(own)))
         wrapped = [p for params in groups for p in params if id(p) in inner]
-        entries = [self._entries_of(params, decided) for params in own]
+        view.loans = []
+        entries = [self._entries_of(params, decided, view) for params in own]
         if not view.changes:
             self._rate.meet(view.clock, [entry for pairs in entries for _, entry in pairs])
         view.buckets = [
@@ -191,15 +239,39 @@ class Optimizers:
         view.changes += 1
         view.unchecked = True
 
-    def _entries_of(self, params: list[Tensor], decided: dict[int, Known]) -> list[Pair]:
-        found = []
+    def _entries_of(
+        self, params: list[Tensor], decided: dict[int, Known], view: View
+    ) -> list[Pair]:
+        found: list[Pair] = []
+        others: dict[int, Tensor] = {}
         for param in params:
             if is_lazy(param):
                 continue  # neither its device nor its dtype is settled
             entry = self._parameters.track(param, decided.get(id(param)))
             if entry is not None:
                 found.append((param, entry))
+            elif id(param) not in decided:
+                others[id(param)] = param
+        if others:
+            found += self._entries_behind(others, decided, view)
         return found
+
+    def _entries_behind(
+        self, stepped: dict[int, Tensor], decided: dict[int, Known], view: View
+    ) -> Iterator[Pair]:
+        """The parameters that tensors of an engine stand for, with those in their place."""
+        for param, stand_in in self._stand_ins(stepped.values()):
+            if id(stand_in.stepped) not in stepped:
+                continue
+            entry = self._parameters.track(param, decided.get(id(param)))
+            if entry is None:
+                continue
+            if stand_in.numel is None:
+                yield stand_in.stepped, entry
+                continue
+            loan = Loan(stand_in)
+            view.loans.append(loan)
+            yield loan.part, entry
 
     def _buckets(self, view: View, optimizer: Any, index: int, pairs: list[Pair]) -> list[Bucket]:
         """The decayed parameters of one group, by terms; each goes over to the clock of the
@@ -237,8 +309,8 @@ class Optimizers:
     def _release(self, view: View, before: list[Pair]) -> None:
         """Let go of what the optimizer no longer owns: its steps are no longer steps of those
         parameters."""
-        kept = {id(param) for param, _ in view.pairs()}
-        orphans = [(p, e) for p, e in before if id(p) not in kept and e.clock is view.clock]
+        kept = {id(entry) for _, entry in view.pairs()}
+        orphans = [(p, e) for p, e in before if id(e) not in kept and e.clock is view.clock]
         if not orphans:
             return
         clock = self._rate.new_clock()

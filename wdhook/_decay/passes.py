@@ -40,6 +40,7 @@ from .living import living
 from .optimizers import decays_itself
 from .payment import pay
 from .rules.base import Facts, Rules
+from .stand_ins import engine_of
 from .state import State
 from .unannounced import Unannounced
 from .window import (
@@ -81,13 +82,16 @@ class Hook(Entry):
 
 
 class Sentinel:
-    """A hook on one of a few parameters, where decay waits for a step: notices that none is
-    announced."""
+    """A hook on one of a few parameters, where decay waits for a step.
 
-    __slots__ = ("__weakref__", "handle", "name", "unannounced")
+    Notices that no step is announced, and that an engine takes the gradient away.
+    """
 
-    def __init__(self, name: str, unannounced: Unannounced) -> None:
+    __slots__ = ("__weakref__", "handle", "name", "state", "unannounced")
+
+    def __init__(self, name: str, state: State, unannounced: Unannounced) -> None:
         self.name = name
+        self.state = state
         self.unannounced = unannounced
         self.handle: Any = None
 
@@ -96,6 +100,15 @@ class Sentinel:
         """Look at the parameter."""
         self.unannounced.look(self, param)
         self.unannounced.remember(self, param)
+        self.state.seen.add(self.name)
+        if graph_task_id() >= 0 and not in_compiled_autograd():
+            at_the_end_of_the_pass(lambda: self.look_again(param))
+
+    @never_compiled
+    def look_again(self, param: Tensor) -> None:
+        """Note that the gradient is gone at the end of the pass that has made it."""
+        if param.grad is None:
+            self.state.taken.add(self.name)
 
 
 class Passes:
@@ -131,7 +144,7 @@ class Passes:
 
     def watch(self, name: str, param: Tensor) -> None:
         """Put a sentinel on a parameter."""
-        sentinel = Sentinel(name, Unannounced(self._state, self._rules))
+        sentinel = Sentinel(name, self._state, Unannounced(self._state, self._rules))
         sentinel.handle = register_first(param, sentinel)
         self._sentinels.append(sentinel)
 
@@ -146,6 +159,8 @@ class Passes:
     def begin(self, param: Tensor, hook: Hook) -> list[Note]:
         """A list for the notes of a pass that has just called its first hook."""
         self.waiting += 1
+        if engine_of(param) is not None:
+            self._tell("gradient-taken-by-engine", hook)
         if not self._state.announced and not self._is_stepped_in_hooks():
             self.unannounced.look(hook, param)
         if self.waiting > _PATIENCE and self._state.config.schedule is not None:
@@ -156,7 +171,8 @@ class Passes:
             return _AtOnce(self)
         self._first = param, version(param)
         notes = self.notes.setdefault(task, [])
-        at_the_end_of_the_pass(partial(self.end, task))
+        first = param, hook, hook.clock, hook.clock.steps
+        at_the_end_of_the_pass(partial(self.end, task, first))
         return notes
 
     def _is_stepped_in_hooks(self) -> bool:
@@ -197,7 +213,8 @@ class Passes:
     def _keep(self, hook: Hook, grad: Tensor, changed: bool) -> None:
         """The decay of this window is there."""
         if not self._state.config.in_gradient:
-            self._tell("second-gradient", hook)
+            if not self._state.taken:  # the step of an engine that takes gradients is refused
+                self._tell("second-gradient", hook)
             return
         hook.look(grad)  # now: a pass that raises has no end
         if changed and _is_change_by_user(hook, grad):
@@ -214,17 +231,35 @@ class Passes:
     # ---------------------------------------------------------------- payment
 
     @never_compiled
-    def end(self, task: int) -> None:
-        """Pay for what a pass has noted."""
+    def end(self, task: int, first: Note) -> None:
+        """Pay for what a pass has noted.
+
+        Args:
+            task: the pass.
+            first: what its first hook has noted, which may have been paid for at once.
+        """
         notes = self.notes.pop(task, None)
-        if not notes:
+        known, self._first = self._first, None
+        if notes:
+            param, hook, clock, steps = notes[0]
+            same = known is not None and known[0] is param and _is_now(hook, clock, steps)
+            if same and known is not None and version(param) != known[1]:
+                self._tell("moved-in-the-pass", hook)
+            self.pay(notes)
+        if not notes or notes[0][1] is not first[1]:
+            self._look_for_takers(first)
+
+    def _look_for_takers(self, first: Note) -> None:
+        """Notice a gradient that was paid for at once, and taken away by a later hook."""
+        state = self._state
+        param, hook, clock, steps = first
+        if state.pauses or param.grad is not None or not _is_now(hook, clock, steps):
             return
-        param, hook, clock, steps = notes[0]
-        first, self._first = self._first, None
-        same = first is not None and first[0] is param and _is_now(hook, clock, steps)
-        if same and first is not None and version(param) != first[1]:
-            self._tell("moved-in-the-pass", hook)
-        self.pay(notes)
+        if self.unannounced.has_moved(hook, param):
+            return  # that hook has stepped the parameter
+        if not state.config.in_gradient or hook.name in state.carried:
+            state.taken.add(hook.name)
+        state.carried.add(hook.name)
 
     def pay_now(self, notes: list[Note]) -> None:
         """Pay for the last note: another hook of the parameter comes next, and may step it."""

@@ -25,7 +25,11 @@ class State:
         announced: a step of an optimizer that owns a decayed parameter has begun.
         captured: a step, or it seems a backward pass, has gone into a CUDA graph.
         taken: names of parameters whose gradient was taken away in the backward pass that had made
-        it.
+            it.
+        carried: names of parameters whose gradient was taken away with its decay in it since the
+            last step.
+        seen: names of parameters that were seen to get a gradient since the last step of any
+            optimizer, where no hook pays for it.
     """
 
     config: Config
@@ -37,6 +41,13 @@ class State:
     announced: bool = False
     captured: bool = False
     taken: set[str] = field(default_factory=set)
+    carried: set[str] = field(default_factory=set)
+    seen: set[str] = field(default_factory=set)
+
+    def end_of_any_step(self) -> None:
+        """Forget what was seen since the last step of any optimizer."""
+        self.carried.clear()
+        self.seen.clear()
 
     def describe(self, name: str, param: Any) -> str:
         """A parameter as messages show it."""

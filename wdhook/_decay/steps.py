@@ -89,6 +89,7 @@ class Part:
         """
         if not self.is_active:
             return
+        self.view.borrow_gradients()
         inside = nested and not evaluated
         dues = []
         for bucket in self.view.all_buckets():
@@ -204,6 +205,7 @@ class Part:
             again: that one is a step of the same optimizer, as ``super().step()`` is.
         """
         self.sample = None
+        self.engine.state.end_of_any_step()
         if not self.view.owns_any() or only_accumulates(self.optimizer) or self.was_skipped():
             return
         alone = self.view.clock.steps == self._begun_at  # no step inside has closed the windows
@@ -212,7 +214,7 @@ class Part:
             rest()
         state = self.engine.state
         self.view.clock.steps += 1
-        state.steps += not nested
+        state.steps += not nested and self.view.counts
         state.taken.clear()
         self.engine.passes.waiting = 0
         self.engine.passes.dismiss()
@@ -220,6 +222,7 @@ class Part:
         if not again and not self._schedule_stays():
             state.rate.advance(self.view.clock)
         self._let_gradients_be_swapped()
+        self.view.give_gradients_back()
         self.engine.note_step(self.view)
         if suspects:
             facts = Facts(state, self.optimizer, self.view, suspects=suspects)

@@ -44,10 +44,7 @@ class Unannounced:
         clock = getattr(who, "clock", None)
         if clock is not None and not clock.announced:
             return  # given, and known not to announce: its fresh gradients tell
-        if self._state.announced or who is not self._who() or self._head is None:
-            return
-        moved = version(param) != self._version or not torch.equal(_head(param), self._head)
-        if not moved:
+        if self._state.announced or not self.has_moved(who, param):
             return
         self._moves += 1
         self._state.rate.close_windows()
@@ -55,6 +52,12 @@ class Unannounced:
             self._moves > 1
         ):  # the first may be a weight loaded after a trial, or the first half of SAM
             self._rules.tell("unannounced-steps", Facts(self._state, who=who.name))
+
+    def has_moved(self, who: Named, param: Tensor) -> bool:
+        """The parameter has changed since it was remembered."""
+        if who is not self._who() or self._head is None:
+            return False
+        return version(param) != self._version or not torch.equal(_head(param), self._head)
 
     def forget(self) -> None:
         """Forget the parameter, whose entry is to die with it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from .. import ArgumentError, Plan, UnsupportedOptimizerError, WeightDecay, attach
+from .. import ArgumentError, Plan, WeightDecay, attach
 
 # Not for typing alone: tools that read a YAML file look the types up here.
 from .._decay.arguments import Mode, Moment
@@ -52,11 +52,8 @@ class Attached:
     ) -> WeightDecay:
         """Attach to `model`, in place of an earlier run that has not removed its handle."""
         self.remove()
-        optimizers = list(optimizers)
-        for optimizer in optimizers:
-            _refuse_deepspeed(optimizer)
         self.decay = attach(
-            model, self.weight_decay, optimizer=optimizers, scaler=scaler, **self.arguments
+            model, self.weight_decay, optimizer=list(optimizers), scaler=scaler, **self.arguments
         )
         return self.decay
 
@@ -65,13 +62,3 @@ class Attached:
         if self.decay is not None:
             self.decay.remove()
             self.decay = None
-
-
-def _refuse_deepspeed(optimizer: object) -> None:
-    if any(kind.__module__.startswith("deepspeed") for kind in type(optimizer).__mro__):
-        raise UnsupportedOptimizerError(
-            "DeepSpeed takes gradients away as they come, scales the loss itself and steps flat copies of the "
-            "parameters, so decay would be lost or done more than once.\n"
-            f"  optimizer: {type(optimizer).__name__}\n"
-            "  Let the optimizer decay: give DeepSpeed wdhook.param_groups(model, λ)"
-        )

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ..._base.problem import Problem
 from ..living import living
 from ..optimizers import owned_ids
+from ..stand_ins import engine_of
 from ..state import State
 from .base import Facts
 
@@ -73,11 +74,14 @@ class StepsCopies:
 
     def __call__(self, facts: Facts) -> Iterator[Problem]:
         """Look at a foreign optimizer, while no optimizer of the model is known."""
-        if _is_of_others(facts) and not facts.state.optimizers.met():
-            if facts.state.optimizers.was_given(facts.optimizer):
-                yield from _given_beside(facts)
-            elif not _travels(facts.state):
-                yield from self._look_at_content(facts)
+        if not is_of_others(facts) or facts.state.optimizers.met():
+            return
+        if any(engine_of(param) is not None for _, param in decayed(facts)):
+            return  # what an engine steps is followed, or refused by another rule
+        if facts.state.optimizers.was_given(facts.optimizer):
+            yield from _given_beside(facts)
+        elif not _travels(facts.state):
+            yield from self._look_at_content(facts)
 
     def _look_at_content(self, facts: Facts) -> Iterator[Problem]:
         waiting = next(_waiting(facts), None)
@@ -93,7 +97,7 @@ class StepsCopies:
 def _given_beside(facts: Facts) -> Iterator[Problem]:
     """The problem of a given optimizer without a parameter of the model."""
     taken = bool(facts.state.taken)
-    first = next(_waiting(facts), None) or next(_decayed(facts), None)
+    first = next(_waiting(facts), None) or next(decayed(facts), None)
     if first is not None and (taken or not _travels(facts.state)):
         yield master_weights(*first, facts.optimizer_name, taken=taken)
 
@@ -103,16 +107,17 @@ def _travels(state: State) -> bool:
     return state.config.in_gradient and state.config.in_backward
 
 
-def _is_of_others(facts: Facts) -> bool:
+def is_of_others(facts: Facts) -> bool:
     """No handle decays parameters of the optimizer, nor of an optimizer inside."""
     return not (facts.claimed or facts.owned.owns_any() or facts.owned.wraps)
 
 
 def _waiting(facts: Facts) -> Iterator[tuple[str, Tensor]]:
-    return ((name, param) for name, param in _decayed(facts) if param.grad is not None)
+    return ((name, param) for name, param in decayed(facts) if param.grad is not None)
 
 
-def _decayed(facts: Facts) -> Iterator[tuple[str, Tensor]]:
+def decayed(facts: Facts) -> Iterator[tuple[str, Tensor]]:
+    """Names and parameters that the handle decays."""
     governed = facts.state.parameters.governed()
     for found in facts.state.parameters.walk():
         if id(found.param) in governed:
@@ -164,27 +169,6 @@ def living_optimizers() -> Iterator[Any]:
     return (o for o in living(Optimizer) if hasattr(o, "param_groups"))
 
 
-def gradient_was_taken(facts: Facts) -> Iterator[Problem]:
-    """Find a step of a foreign optimizer, after gradients were taken away."""
-    state = facts.state
-    if not state.taken or not _is_of_others(facts):
-        return
-    for found in state.parameters.walk():
-        if found.name not in state.taken or found.param.grad is not None:
-            continue
-        yield Problem(
-            "A decayed parameter got gradients in the backward pass and lost them there (an engine "
-            "keeps them in buffers of its own), and the optimizer that steps does not own the "
-            "parameter: no decay reaches it.",
-            "Let the optimizer or the engine decay: give it wdhook.param_groups(model, λ)",
-            {
-                "parameter": state.describe(found.name, found.param),
-                "optimizer": facts.optimizer_name,
-            },
-            (found.name,),
-        )
-
-
 # Who steps -------------------------------------------------------------------------------------
 
 
@@ -197,13 +181,13 @@ class NeverSteps:
 
     def __call__(self, facts: Facts) -> Iterator[Problem]:
         """Count the steps of foreign optimizers until the first step of the model."""
-        if facts.state.steps or not _is_of_others(facts):
+        if facts.state.steps or not is_of_others(facts):
             return
         self._foreign += 1
         if self._foreign < self._next:
             return
         self._next *= 50
-        first = next(_waiting(facts), None) or next(_decayed(facts), None)
+        first = next(_waiting(facts), None) or next(decayed(facts), None)
         if first is None or _will_step(facts):
             return
         name, param = first

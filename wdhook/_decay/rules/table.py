@@ -12,7 +12,7 @@ from ..._base.errors import (
     UnsupportedOptimizerError,
     WdhookWarning,
 )
-from . import gradients, optimizers, ownership, scaling
+from . import engines, gradients, optimizers, ownership, scaling
 from .base import Moment, Rule
 from .conditions import (
     at_step,
@@ -242,6 +242,18 @@ RULES = (
     ),
     # Before a step of an optimizer that owns no decayed parameter.
     Rule(
+        "gradient-taken-by-engine",
+        MasterWeightsError,
+        Moment.FOREIGN_STEP,
+        engines.taken_by_engine,
+        situation=(
+            "DeepSpeed's ZeRO or Megatron-core, which take gradients away in the backward pass, "
+            'at `"backward"`; or a feature of theirs that hides what is stepped (NVMe, ZenFlow, '
+            "Muon)"
+        ),
+        answer='names `at="step"`; comes at `attach` where the engine is known by then',
+    ),
+    Rule(
         "master-weights",
         MasterWeightsError,
         Moment.FOREIGN_STEP,
@@ -258,13 +270,9 @@ RULES = (
         "gradient-taken",
         MasterWeightsError,
         Moment.FOREIGN_STEP,
-        ownership.gradient_was_taken,
-        situation=(
-            "an engine takes gradients away in the backward pass (`main_grad`) and steps tensors "
-            "of its own"
-        ),
+        engines.GradientsVanish,
+        situation=("an engine of another kind takes gradients away, and steps tensors of its own"),
         answer="names `param_groups`",
-        applies=in_backward,
     ),
     Rule(
         "never-steps",
