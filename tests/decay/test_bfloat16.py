@@ -43,7 +43,8 @@ def test_parameters_of_low_precision(
     options = {"lr": LR} if kind is SGD else {"lr": LR, "eps": 1e-3}  # float16 has no 1e-8
     model, twin = twins(perceptron(dtype))
     optimizer = kind(model.parameters(), weight_decay=0, foreach=foreach, **options)
-    with wdhook.attach(model, 0.3, mode=mode, at=at, optimizer=optimizer, foreach=foreach):
+    rounded = {"foreach": foreach, "low_precision": "round"}
+    with wdhook.attach(model, 0.3, mode=mode, at=at, optimizer=optimizer, **rounded):
         train(model, optimizer, batches(model, 8))
     reference = kind(own_groups(twin, 0.3), foreach=foreach, **options)
     train(twin, reference, batches(twin, 8))
@@ -57,7 +58,7 @@ def test_decay_written_by_hand(mode: str, dtype: torch.dtype) -> None:
     """One backward pass against the formula in float64, rounded to the precision of the tensor."""
     model, twin = twins(perceptron(dtype))
     optimizer = SGD(model.parameters(), lr=LR)
-    with wdhook.attach(model, λ, mode=mode, optimizer=optimizer):
+    with wdhook.attach(model, λ, mode=mode, optimizer=optimizer, low_precision="round"):
         loss_of(model, batches(model, 1)[0]).backward()
     loss_of(twin, batches(twin, 1)[0]).backward()
     for weight, other in zip(weights(model), weights(twin), strict=True):
@@ -127,7 +128,8 @@ def test_the_warning_comes_where_decay_rounds_away(mode: str, at: str, dtype: to
         model = perceptron(dtype)
         before = [w.detach().clone() for w in weights(model)]
         optimizer = SGD(model.parameters(), lr=LR)
-        with wdhook.attach(model, factor * half / LR, mode=mode, at=at, optimizer=optimizer):
+        rounded = {"at": at, "optimizer": optimizer, "low_precision": "round"}
+        with wdhook.attach(model, factor * half / LR, mode=mode, **rounded):
             for weight in weights(model):
                 weight.grad = torch.zeros_like(weight)
             with rounding_warned(warned):

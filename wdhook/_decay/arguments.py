@@ -17,7 +17,7 @@ from .._plan.decide import plan
 from .._plan.overrides import Overrides
 from .._plan.plan import Plan
 from ..schedules import Schedule
-from .formulas import FORMULAS, Formula
+from .formulas import FORMULAS, Formula, compose
 from .optimizers import (
     LearningRate,
     announces_steps,
@@ -28,6 +28,7 @@ from .optimizers import (
 
 Mode = Literal["coupled", "decoupled", "independent"]
 Moment = Literal["backward", "step"]
+LowPrecision = Literal["defer", "round"]
 MODES: tuple[str, ...] = tuple(FORMULAS)
 MOMENTS: tuple[str, ...] = get_args(Moment)
 Optimizers = Optimizer | Iterable[Optimizer]
@@ -41,12 +42,27 @@ def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None
         )
 
 
-def formula_of(mode: str | None) -> Formula:
-    """The formula of a mode; None is coupled."""
+def formula_of(mode: str | None, low_precision: str | None) -> Formula:
+    """The formula that the arguments of `attach` name; a mode of None is coupled.
+
+    Raises:
+        ArgumentError: an argument has no meaning, or none together with another.
+    """
     if mode is None:
-        return FORMULAS["coupled"]
+        mode = "coupled"
     check_choice("mode", mode, MODES)
-    return FORMULAS[mode]
+    if low_precision is not None:
+        check_choice("low_precision", low_precision, get_args(LowPrecision))
+    if low_precision == "defer" and FORMULAS[mode].in_gradient:
+        raise ArgumentError(
+            Problem(
+                '`low_precision="defer"` has no meaning for decay that is added to gradients: a gradient is gone after '
+                "its step, and what it rounded away with it.",
+                'Use mode="decoupled", or leave `low_precision` out',
+                {"mode": mode},
+            )
+        )
+    return compose(mode, defers=low_precision != "round")
 
 
 def check_attach(

@@ -16,6 +16,7 @@ from .._plan.overrides import Overrides
 from .._plan.plan import Plan
 from ..schedules import Schedule
 from .arguments import (
+    LowPrecision,
     Mode,
     Moment,
     Optimizers,
@@ -47,6 +48,7 @@ def attach(
     overrides: Overrides | None = None,
     recipe: str | None = None,
     foreach: bool | None = None,
+    low_precision: LowPrecision | None = None,
 ) -> WeightDecay:
     r"""Decay the weights of `model`, and nothing else, once per optimizer step from now on.
 
@@ -74,6 +76,10 @@ def attach(
         recipe: see `plan`.
         foreach: as in ``torch.optim``, for the pass at the step: None chooses, True forces the foreach
             implementation, False forbids it.
+        low_precision: for parameters in bfloat16 and float16, where p·(1 − lr·λ) mostly rounds to p. ``"defer"``, the
+            default of every mode but coupled: the factors are collected, and written when they can be
+            represented; `WeightDecay.flush` writes what is pending. ``"round"``: each step is rounded, as in
+            ``torch.optim``.
 
     Returns:
         The handle; ``print(handle.plan)`` shows what is decayed and why.
@@ -97,7 +103,7 @@ def attach(
     >>> decay.remove()
     """
     check_attach(model, weight_decay, misplaced, at, foreach)
-    formula = formula_of(mode)
+    formula = formula_of(mode, low_precision)
     schedule = weight_decay if callable(weight_decay) else None
     first = weight_decay(0) if callable(weight_decay) else weight_decay
     ready = ready_plan(model, first, overrides, recipe)
@@ -135,6 +141,7 @@ def adopt(
     overrides: Overrides | None = None,
     recipe: str | None = None,
     foreach: bool | None = None,
+    low_precision: LowPrecision | None = None,
 ) -> WeightDecay:
     """Take over the decay that `optimizer` is configured with.
 
@@ -146,8 +153,8 @@ def adopt(
         optimizer: with a non-zero ``weight_decay`` in at least one param group.
         mode: None picks the formula of the optimizer's own decay, where it is known.
         at: the default ``"step"`` is when the optimizer did it itself.
-        lr, scaler, overrides, recipe, foreach: see `attach`. An override is absolute; its True means the
-            λ of the param group.
+        lr, scaler, overrides, recipe, foreach, low_precision: see `attach`. An override is absolute; its True
+            means the λ of the param group.
 
     Returns:
         The handle. `WeightDecay.remove` ends the decay; it does not give it back to the optimizer.
@@ -182,6 +189,7 @@ def adopt(
         lr=lr,
         scaler=scaler,
         foreach=foreach,
+        low_precision=low_precision,
     )
     for settings in (*groups, optimizer.defaults):
         if "weight_decay" in settings:

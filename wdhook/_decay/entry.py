@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from .memory import Memo
 from .tensors import Number, is_plain
 from .window import Clock, Window
 
@@ -101,12 +102,13 @@ class Entry(Window):
         peak: the largest learning rate so far.
         sign: -1.0 if the last payment was for an optimizer that maximizes, else 1.0.
         number: what the last payment was made with (`Formula.number`); None where a loss scale took part.
+        written: the factor that the parameter was multiplied with, where it is another one than `number`; else None.
         terms: numbers shared with other parameters.
         handle: of the hook; None where there is none.
-        memo: state of the formula, of whatever type.
+        memo: what the formula remembers of the parameter; None for a formula that remembers nothing.
     """
 
-    __slots__ = ("handle", "memo", "name", "number", "own", "peak", "sign", "terms")
+    __slots__ = ("handle", "memo", "name", "number", "own", "peak", "sign", "terms", "written")
 
     terms: Terms
 
@@ -117,8 +119,9 @@ class Entry(Window):
         self.peak = Peak()
         self.sign = 1.0
         self.number: Number | None = None
+        self.written: Number | None = None
         self.handle: RemovableHandle | None = None
-        self.memo: Any = None
+        self.memo: Memo | None = None
 
     @property
     def weight_decay(self) -> float:

@@ -15,6 +15,9 @@ from .rate import NO_PROGRESS
 from .snapshot import By, Snapshot
 
 
+_NOTHING: Mapping[str, Any] = {**NO_PROGRESS, "memory": ()}
+
+
 class WeightDecay:
     """The handle of an attached model: change λ, pause, remove.
 
@@ -41,11 +44,25 @@ class WeightDecay:
         return self._at
 
     def remove(self) -> None:
-        """Remove every hook, those of the process too; the plan stays readable. May be called again."""
+        """Remove every hook, those of the process too; the plan stays readable. May be called again.
+
+        What deferred decay has not written yet is written first, as by `flush`.
+        """
         if self._engine is not None:
+            if not self._engine.closed:
+                self._engine.flush()
             self._plan = self._engine.plan
             self._engine.close()
             self._engine = None
+
+    def flush(self) -> None:
+        """Write decay that was counted and could not be represented yet, to parameters in bfloat16 and float16.
+
+        Call it between steps, before weights are exported or compared. A checkpoint needs no flush: `state_dict` holds
+        what is pending. What rounding takes of the last factor is lost. Waits for the device where numbers are there.
+        """
+        if self._engine is not None and not self._engine.closed:
+            self._engine.flush()
 
     def __enter__(self) -> WeightDecay:
         return self
@@ -135,8 +152,10 @@ class WeightDecay:
         return Snapshot(self._engine, by)
 
     def state_dict(self) -> dict[str, Any]:
-        """λ and what a schedule cannot recompute, as plain numbers (and tensors, where ``lr`` is one)."""
-        progress = NO_PROGRESS if self._engine is None else self._engine.save()
+        """λ, what a schedule cannot recompute and what deferred decay has not written, as plain numbers (and tensors,
+        where ``lr`` is one).
+        """
+        progress = _NOTHING if self._engine is None else self._engine.save()
         return {"weight_decay": self.weight_decay, "mode": self.mode, **progress}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -146,8 +165,9 @@ class WeightDecay:
             ArgumentError: it is not a state of a handle, or one of another mode, or (for a handle with a schedule)
                 of one that had none.
         """
-        state = {"finished_steps": (), **state}  # states of before there were schedules have none
-        missing = {"weight_decay", "mode", *NO_PROGRESS} - set(state)
+        # states of before there were schedules and memories have none
+        state = {"finished_steps": (), "memory": (), **state}
+        missing = {"weight_decay", "mode", *_NOTHING} - set(state)
         if missing:
             raise ArgumentError(
                 f"`state` is not the state of a handle.\n  missing: {', '.join(sorted(missing))}"

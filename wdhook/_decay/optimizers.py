@@ -189,6 +189,11 @@ def _leads_to_class(step: Any, optimizer: Optimizer, depth: int = 4) -> bool:
     return any(_leads_to_class(value, optimizer, depth - 1) for value in known)
 
 
+def is_capturable(known: tuple[Any, Mapping[str, Any]] | None) -> bool:
+    """Tell a param group whose step may go into a CUDA graph; `known` is an optimizer and its group."""
+    return known is not None and bool(known[1].get("capturable"))
+
+
 def only_accumulates(optimizer: object) -> bool:
     """Tell a step that takes the gradients into the state and leaves the parameters (optimi)."""
     return bool(getattr(optimizer, "optimizer_accumulation", False))

@@ -26,7 +26,7 @@ from .._base.torch_private import (
 from . import tensors
 from .entry import Due, Entry
 from .formulas import How
-from .optimizers import decays_itself
+from .optimizers import decays_itself, is_capturable
 from .payment import pay
 from .rules.base import Facts, Rules
 from .state import State
@@ -239,7 +239,8 @@ class Passes:
         scale = None
         if config.in_gradient:
             scale = tensors.loss_scale(config.scaler, due.grads[0].device)
-        return How(config.foreach, scale)
+        capturable = is_capturable(due.terms.owner_group())
+        return How(config.foreach, scale, None, capturable, tensors.is_capturing())
 
 
 class _AtOnce(list[Note]):

@@ -40,6 +40,7 @@ def pay(state: State, dues: list[Due], how: Callable[[Due], How]) -> list[Rest]:
         for due, number, sign in priced:
             for entry in due.entries:
                 entry.number = number
+                entry.written = None
             try:
                 rest = formula.pay_(due, number, how(due))
             except BaseException:

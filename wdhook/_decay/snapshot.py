@@ -18,6 +18,7 @@ from .engine import Engine
 from .entry import Entry
 from .ownership import View
 from .state import State
+from .tensors import Number
 
 By = str | Callable[[Decision], str]
 
@@ -92,7 +93,7 @@ class Snapshot:
         whole = (gradient + 2 * α * product + α**2 * squared).clamp(min=0) if α else zero
         self._add(key, squared, squared, gradient, product, α**2 * squared, whole)
         if decayed and not state.config.in_gradient:
-            was = entry.number if entry is not None and entry.paid else None
+            was = _written(entry) if entry is not None and entry.paid else None
             before = p.clone() if was is None else p / was
             self._awaited.append((state, key, param, before))
 
@@ -114,6 +115,10 @@ class Snapshot:
                 was_paid = entry.stamp == view.clock.steps - 1
                 number = entry.number if was_paid and entry.number is not None else 1.0
                 change = before - _local(param)
+                if (
+                    was_paid and entry.written is not None
+                ):  # what is counted, in place of what was written
+                    change += before * (entry.written - number)
                 decay = _dot(before, before) * (1 - number) ** 2
                 zero = torch.zeros_like(decay)
                 self._add(key, zero, zero, zero, zero, decay, _dot(change, change))
@@ -210,6 +215,11 @@ def _added(entry: Entry, grad: Tensor, state: State) -> float | None:
     if not whole or grad.is_sparse or not isinstance(entry.number, float):
         return None
     return entry.number
+
+
+def _written(entry: Entry) -> Number | None:
+    """The factor that the parameter was multiplied with."""
+    return entry.number if entry.written is None else entry.written
 
 
 def _has_numbers(param: Tensor) -> bool:

@@ -90,6 +90,41 @@ def scaled(weight_decay: Number, scale: Tensor | None) -> Number:
     return weight_decay if scale is None else weight_decay * scale
 
 
+def is_low(dtype: torch.dtype) -> bool:
+    """Tell a floating point format that torch multiplies in, and whose precision is below that of float32."""
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        return False
+    return torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
+
+
+def wide(number: Number) -> Number:
+    """A number in double precision, where its device has that."""
+    if not isinstance(number, Tensor):
+        return number
+    return number.to(_widest(number.device))
+
+
+def on_device(number: Number | None, device: torch.device) -> Tensor:
+    """A number as a 0-dim tensor of its own, in double precision where the device has that; None stands for 1.
+
+    A copy from the host; a tensor that is there already is given back as it is.
+    """
+    if isinstance(number, Tensor) and number.device == device:
+        return number
+    value = 1.0 if number is None else number
+    return torch.as_tensor(value, dtype=_widest(device), device=device)
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def is_capturing() -> bool:
+    """The present operations go into a CUDA graph, numbers such as λ as constants."""
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether the foreach kernels know the tensor: neither a subclass (DTensor) nor sparse."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided

@@ -24,6 +24,7 @@ class Arguments(TypedDict, total=False):
     overrides: Overrides | None
     recipe: str | None
     foreach: bool | None
+    low_precision: str | None
 
 
 class Attached:

@@ -35,7 +35,8 @@ class WeightDecay(Attached, Callback):
         weight_decay: λ per optimizer step, a schedule of it (`wdhook.schedules`), or a ready plan of the module.
         log: log λ as ``wdhook/weight_decay`` and the norm of the parameters of each role as ``wdhook/norm/<role>``,
             at the steps that the Trainer logs. They stay on the device until the logger reads them.
-        **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``foreach``; see `wdhook.attach`.
+        **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``foreach``, ``low_precision``;
+            see `wdhook.attach`.
 
     Raises:
         ArgumentError: `arguments` has another name. All that `wdhook.attach` raises comes when ``fit`` starts.

@@ -31,7 +31,8 @@ class WeightDecayCallback(Attached, TrainerCallback, ExportableState):
 
     Args:
         weight_decay: λ per optimizer step, a schedule of it (`wdhook.schedules`), or a ready plan of the model.
-        **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``foreach``; see `wdhook.attach`.
+        **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``foreach``, ``low_precision``;
+            see `wdhook.attach`.
 
     Raises:
         ArgumentError: `arguments` has another name. All that `wdhook.attach` raises comes when training begins.

@@ -5,13 +5,26 @@ A formula knows nothing of hooks, steps, windows or optimizers. To add one: a fi
 
 from __future__ import annotations
 
-from .base import Formula, How, Rates, Rest
+from .base import Formula, How, Rates, Rest, Shrinking
 from .coupled import Coupled
 from .decoupled import Decoupled
+from .deferred import Deferred
 from .independent import Independent
 
 FORMULAS: dict[str, Formula] = {
     formula.name: formula for formula in (Coupled(), Decoupled(), Independent())
 }
 
-__all__ = ["FORMULAS", "Formula", "How", "Rates", "Rest"]
+
+def compose(mode: str, defers: bool = True) -> Formula:
+    """The formula of a handle.
+
+    Args:
+        mode: a key of `FORMULAS`.
+        defers: collect decay that parameters of low precision cannot hold yet.
+    """
+    formula = FORMULAS[mode]
+    return Deferred(formula, defers) if isinstance(formula, Shrinking) else formula
+
+
+__all__ = ["FORMULAS", "Formula", "How", "Rates", "Rest", "compose"]

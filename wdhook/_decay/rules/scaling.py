@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..._base.problem import Problem
 from ..._base.validate import is_number
@@ -79,7 +80,7 @@ def moved_in_the_closure(facts: Facts) -> Iterator[Problem]:
 
 
 def rounds_away(facts: Facts) -> Iterator[Problem]:
-    """Low-precision parameters whose decay of one step is less than their rounding error."""
+    """Low-precision parameters whose decay of one step is less than their rounding error, and is not deferred."""
     for index, buckets in enumerate(facts.owned.buckets):
         group = facts.optimizer.param_groups[index]
         lr = _rate(group, facts.state.config.lr)
@@ -87,17 +88,34 @@ def rounds_away(facts: Facts) -> Iterator[Problem]:
             half_ulp = _half_ulp(terms)
             if lr is None or half_ulp is None or not 0 < lr * terms.weight_decay < half_ulp:
                 continue
-            names = tuple(entry.name for _, entry in pairs)
+            names = tuple(entry.name for param, entry in pairs if _is_rounded(facts, param))
+            if not names:
+                continue
             yield Problem(
                 "The decay of one step is less than half a unit in the last place of the parameter: alone, it rounds "
                 "away.",
-                "Keep the parameters in float32 (autocast computes in low precision without it)",
+                _KEEPS[facts.state.config.in_gradient],
                 {
                     "parameter": f"{names[0]} {terms.dtype}",
                     "lr·λ": f"{lr * terms.weight_decay:g}, half a unit: {half_ulp:g}",
                 },
                 names,
             )
+
+
+_KEEPS = {
+    True: 'Use mode="decoupled", which collects what the parameter cannot hold yet, or keep the parameters in float32 '
+    "(autocast computes in low precision without it)",
+    False: 'Leave low_precision="round" out (a sparse gradient is always rounded), or keep the parameters in float32 '
+    "(autocast computes in low precision without it)",
+}
+
+
+def _is_rounded(facts: Facts, param: Tensor) -> bool:
+    """Tell a parameter whose decay is not deferred."""
+    if not facts.state.config.formula.defers:
+        return True
+    return param.grad is not None and param.grad.is_sparse
 
 
 def _rate(group: Mapping[str, Any], given: LearningRate | None) -> float | None:

@@ -213,7 +213,8 @@ RULES = (
         WdhookWarning,
         Moment.STEP,
         scaling.rounds_away,
-        "`lr·λ` below half a unit in the last place of a bfloat16 or float16 parameter",
+        "`lr·λ` below half a unit in the last place of a bfloat16 or float16 parameter, where decay is not deferred: "
+        'coupled, `low_precision="round"`, a sparse gradient',
         "the decay rounds away",
         on_change=True,
     ),
