@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 
@@ -27,6 +29,12 @@ def main() -> None:
     options = parser.parse_args()
     points = json.loads(options.results.read_text())
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.8), sharey=True, layout="constrained")
+    draw(points, axes)
+    figure.savefig(options.picture)
+
+
+def draw(points: list[dict[str, Any]], axes: Sequence[Any]) -> None:
+    """Draw time against the number of tensors, and against their size, into two axes."""
     for axis, along in zip(axes, ("parameters", "elements"), strict=True):
         for variant, (color, line, marker) in STYLES.items():
             mine = [p for p in points if p["along"] == along and p["variant"] == variant]
@@ -44,8 +52,11 @@ def main() -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("milliseconds")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.savefig(options.picture)
+    figure = axes[0].figure
+    columns = 3 if figure.get_figwidth() > 5 else 2
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
 
 
 if __name__ == "__main__":

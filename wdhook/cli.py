@@ -1,18 +1,28 @@
-"""The command line: ``python -m wdhook <command>``."""
+"""The command line: ``wdhook <command>``, or ``python -m wdhook <command>``."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from . import __version__
 from ._base.errors import WdhookError
-from ._commands import audit, demo, doctor, inspect
-from ._commands.shared import BAD_USAGE, PROGRAM, UsageError
+from ._commands import audit, demo, doctor, inspect, optimizers
+from ._commands.help import HelpFormatter
+from ._commands.shared import (
+    BAD_USAGE,
+    CLOSED_PIPE,
+    INTERRUPTED,
+    MODULE,
+    UsageError,
+    did_you_mean,
+    program,
+)
 
 _DESCRIPTION = (
     "Weight decay taken out of the optimizer: once per step, on weights and nothing else."
@@ -22,56 +32,85 @@ _EXAMPLES = """\
 examples:
   python -m wdhook inspect torchvision.models:resnet50   which parameters are decayed, and why
   python -m wdhook audit my_file.py:build --input 'randn(2, 3, 32, 32)'
-                                                         what the model really does with each parameter
-  python -m wdhook doctor train.py:make                  what is wrong with the decay of a training step
-  python -m wdhook demo                                  train on real digits, compare four ways of decaying
+                                                         how the model uses each parameter
+  python -m wdhook doctor train.py:make                  what is wrong with the decay of a step
+  python -m wdhook optimizers Lion                       what was measured with your optimizer
+  python -m wdhook demo                                  four ways of decaying, on real digits
   python -m wdhook demo --help                           what the demo shows, and its options
 """
 
-_COMMANDS = (inspect, audit, doctor, demo)  # in the order of the help; each has `add` and `run`
-_CLOSED_PIPE = (
-    141  # what a shell reports of a program that SIGPIPE ended, as `head` does to its neighbour
-)
+_COMMANDS = (inspect, audit, doctor, optimizers, demo)  # in the order of the help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 well, 1 something was found, 2 bad usage.
+    """Run a command and return the exit status.
 
     Args:
         argv: the arguments, without the program; None takes those of the process.
 
+    Returns:
+        0: nothing was found. 1: a problem or a difference was found. 2: the command could not run.
+        130: Ctrl-C. 141: the reader of stdout has closed the pipe.
+
     Raises:
-        SystemExit: (argparse) after ``--help``, and with status 2 for arguments that have no meaning.
+        SystemExit: (argparse) after ``--help``, and with status 2 for arguments without a meaning.
     """
     with _printable():
-        arguments = _parser().parse_args(argv)
+        arguments = _parsed(sys.argv[1:] if argv is None else argv)
         try:
             status: int = arguments.run(arguments)
             sys.stdout.flush()
         except (UsageError, WdhookError) as error:
-            print(f"{PROGRAM} {arguments.command}: error: {error}", file=sys.stderr)
+            print(f"{program()} {arguments.command}: error: {error}", file=sys.stderr)
             return BAD_USAGE
+        except KeyboardInterrupt:
+            print(f"\n{program()} {arguments.command}: interrupted", file=sys.stderr)
+            return INTERRUPTED
         except BrokenPipeError:
-            # Nobody reads on. Python would complain when it closes the stream.
+            # The reader is gone. Python would complain when it closes the stream.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return _CLOSED_PIPE
+            return CLOSED_PIPE
         return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line, and answer slips with near commands and options."""
+    parser, commands = _parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        raise SystemExit(BAD_USAGE)
+    known = commands.choices
+    if argv[0] not in known and not argv[0].startswith("-"):
+        parser.error(
+            f"invalid choice: {argv[0]!r} (choose from {', '.join(known)})"
+            f"{did_you_mean(argv[0], known)}"
+        )
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        mine: argparse.ArgumentParser = known[arguments.command]
+        options = re.findall(r"--[\w-]+", mine.format_help())
+        first = next((word for word in unknown if word.startswith("-")), "")
+        near = did_you_mean(first.partition("=")[0], dict.fromkeys(options))
+        mine.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+    return arguments
+
+
+def _parser() -> tuple[
+    argparse.ArgumentParser, argparse._SubParsersAction[argparse.ArgumentParser]
+]:
     parser = argparse.ArgumentParser(
-        prog=PROGRAM,
+        prog=program(),
         description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EXAMPLES.replace(MODULE, program()),
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"wdhook {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     for command in _COMMANDS:
         command.add(commands)
-    # Whoever gives no command sees which there are.
-    parser.usage = f"{PROGRAM} [-h] [--version] {{{','.join(commands.choices)}}} ..."
-    return parser
+    # A usage line that lists the commands, where argparse would write "<command>".
+    parser.usage = f"{program()} [-h] [--version] {{{','.join(commands.choices)}}} ..."
+    return parser, commands
 
 
 @contextmanager

@@ -1,7 +1,9 @@
-"""The command line: help, bad usage, missing packages. What the demo does is tested in test_demo.py."""
+"""The command line: help, bad usage, missing packages. What the demo does is tested in
+test_demo.py."""
 
 from __future__ import annotations
 
+import configparser
 import io
 import re
 import shlex
@@ -14,6 +16,7 @@ import pytest
 
 from wdhook import __version__, cli
 from wdhook._commands import demo
+from wdhook._commands.shared import counted
 
 PACKAGES = ("matplotlib", "rich", "sklearn", "tqdm")
 
@@ -29,7 +32,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert {"inspect", "doctor", "demo"} <= set(COMMANDS)
     for name in COMMANDS:
-        assert re.search(rf"^    {name} +\w", out, re.MULTILINE), name
+        assert re.search(rf"^    {name}\s+\w", out, re.MULTILINE), name
     assert "examples:" in out
 
 
@@ -52,6 +55,27 @@ def test_every_example_of_the_help_is_understood(
             assert cli.main(shlex.split(example.partition(" | ")[0])) == 0, example
 
 
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids="-".join)
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_help_fits_the_terminal(
+    columns: int,
+    command: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No line but calls to copy is wider than the terminal, and no word is lost at any width."""
+    said = {}
+    for width in (columns, 300):
+        monkeypatch.setenv("COLUMNS", str(width))
+        with pytest.raises(SystemExit):
+            cli.main([*command, "--help"])
+        said[width] = capsys.readouterr().out
+    text = said[columns].partition("\n\n")[2]  # the usage is argparse's
+    for line in text.splitlines():
+        assert len(line) <= columns or line.startswith("  python -m wdhook "), line
+    assert sorted(text.split()) == sorted(said[300].partition("\n\n")[2].split())
+
+
 def test_the_demo_has_the_documented_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     """`demo` without options: seed 0, 16 epochs, demo.png here."""
     got: dict[str, Any] = {}
@@ -63,15 +87,19 @@ def test_the_demo_has_the_documented_defaults(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("arguments", "piece"),
     [
-        ([], "required: <command>"),
-        ([], "{inspect,audit,doctor,demo} ..."),
+        ([], "{inspect,audit,doctor,optimizers,demo} ..."),
+        ([], "examples:"),
+        (["--nothing"], "required: <command>"),
         (["sing"], "invalid choice: 'sing'"),
+        (["sing"], "(choose from inspect, audit, doctor, optimizers, demo)"),
+        (["inpsect", "torch.nn:Linear"], "Did you mean inspect?"),
+        (["inspect", "torch.nn:Linear", "--wieght-decay=1"], "Did you mean --weight-decay?"),
         (["demo", "--colour"], "unrecognized arguments: --colour"),
         (["demo", "--seed", "-1"], "whole number from 0"),
         (["demo", "--seed", "1.5"], "whole number from 0"),
         (["demo", "--seed", "99999999999"], "to 4294967295, got '99999999999'"),
         (["demo", "--epochs", "0"], "whole number from 1"),
-        (["demo", "--out", "norms.pdf"], "name of a .png file, got 'norms.pdf'"),
+        (["demo", "--out", "norms.bmp"], "of a .png, .svg or .pdf file, got 'norms.bmp'"),
         (["demo", "--out", "no/such/folder/a.png"], "cannot be written"),
         (["inspect"], "required: TARGET"),
         (["inspect", "torch.nn:Linear", "--weight-decay", "-1"], "number ≥ 0, got '-1'"),
@@ -79,14 +107,20 @@ def test_the_demo_has_the_documented_defaults(monkeypatch: pytest.MonkeyPatch) -
         (["inspect", "torch.nn:Linear", "--override", "bias"], "must be SELECTOR=λ, got 'bias'"),
         (["inspect", "torch.nn:Linear", "--override", "bias=no"], "number ≥ 0, got 'no'"),
         (["inspect", "torch.nn:Linear", "--recipe", "keras"], "invalid choice: 'keras'"),
+        (["inspect", "torch.nn:Linear", "--recipe", "tim"], "Did you mean timm?"),
         (["inspect", "torch.nn:Linear", "--only", "all"], "invalid choice: 'all'"),
+        (["inspect", "torch.nn:Linear", "--depth", "0"], "whole number from 1, got '0'"),
+        (["inspect", "torch.nn:Linear", "--depth", "1", "--diff", "timm"], "not allowed with"),
+        (["inspect", "torch.nn:Linear", "--plot", "plan"], "of a .png, .svg or .pdf file"),
         (["doctor", "train.py:make", "--mode", "l2"], "invalid choice: 'l2'"),
+        (["doctor", "train.py:make", "--mode", "decopled"], "Did you mean decoupled or coupled?"),
     ],
 )
 def test_bad_usage_exits_with_two(
     arguments: list[str], piece: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Arguments that have no meaning end with status 2 and a message that says which, before any work."""
+    """Arguments that have no meaning end with status 2 and a message that says which, before any
+    work."""
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == cli.BAD_USAGE
@@ -99,13 +133,15 @@ def test_bad_usage_exits_with_two(
 def test_missing_packages_are_named(
     absent: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the extra's packages the demo ends with status 2, their names and the command that installs them."""
+    """Without the extra's packages the demo ends with status 2, their names and the command that
+    installs them."""
     for name in absent:
         monkeypatch.setitem(sys.modules, name, None)
     assert cli.main(["demo", "--epochs", "1"]) == cli.BAD_USAGE
     streams = capsys.readouterr()
     assert f"not installed: {', '.join(absent)}\n" in streams.err
-    assert "pip install 'wdhook[demo]'" in streams.err
+    packages = " ".join(absent).replace("sklearn", "scikit-learn")
+    assert f"pip install {packages}\n" in streams.err
     assert not streams.out
 
 
@@ -143,6 +179,57 @@ def test_module_can_be_run() -> None:
     )
 
 
+def test_the_program_is_called_what_it_was_called(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The console script shows `wdhook` in its help, the module `python -m wdhook`."""
+    for name, program in (("/bin/wdhook", "wdhook"), ("wdhook/__main__.py", "python -m wdhook")):
+        monkeypatch.setattr(sys, "argv", [name])
+        for arguments in (["--help"], ["inspect", "--help"]):
+            with pytest.raises(SystemExit):
+                cli.main(arguments)
+            out = capsys.readouterr().out
+            assert out.startswith(f"usage: {program} ")
+            assert re.search(rf"^  {program} inspect ", out, re.MULTILINE)
+
+
+def test_the_console_script_is_the_command_line() -> None:
+    """setup.cfg makes `wdhook` of the function that `python -m wdhook` calls."""
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parents[2] / "setup.cfg")
+    scripts = config["options.entry_points"]["console_scripts"].split("\n")
+    assert [line for line in scripts if line] == ["wdhook = wdhook.cli:main"]
+
+
+def test_ctrl_c_ends_a_command_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An interrupt is no traceback, and no other error is taken for one."""
+
+    def interrupted(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupted)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "\npython -m wdhook demo: interrupted\n"
+
+    def broken(arguments: object) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(demo, "run", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["demo"])
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 tensors"), (1, "1 tensor"), (2, "2 tensors"), (1200, "1,200 tensors")],
+)
+def test_numbers_are_grammar(number: int, text: str) -> None:
+    """One is singular, zero and all others are plural."""
+    assert counted(number, "tensor") == text
+
+
 def test_nobody_reads_on() -> None:
     """A pipe that is closed, as by `head`, ends the command without a traceback."""
     call = f"{shlex.quote(sys.executable)} -W ignore -m wdhook inspect torch.nn:Transformer"
@@ -154,7 +241,7 @@ def test_nobody_reads_on() -> None:
 
 
 def test_a_terminal_without_λ_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream whose encoding lacks a letter gets a question mark, and is strict again afterwards."""
+    """A stream whose encoding lacks a letter gets a question mark, and is strict again after."""
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
     with pytest.raises(UnicodeEncodeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import wdhook.plot
 from wdhook import cli
 from wdhook._commands.inputs import parse_inputs, parse_kwargs
 from wdhook._commands.shared import UsageError
+from wdhook._commands.tables import fold_name
 from wdhook._commands.targets import load
 
 FILE = """
@@ -96,7 +98,7 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0
     return json.loads(inspect(capsys, *arguments, "--json", status=status))
 
 
-# -- what is built ----------------------------------------------------------------------------------------------
+# -- what is built ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,8 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0
 def test_plain_output_is_that_of_print(
     target: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A function, a member of a class or a model in a file, or in a module: what is printed is `print(plan)`."""
+    """A function, a member of a class or a model in a file, or in a module: what is printed is
+    `print(plan)`."""
     sys.path.insert(0, str(folder))
     out = inspect(capsys, target, "--weight-decay", "0.01")
     assert out == f"{wdhook.plan(build(), 0.01)}\n"
@@ -167,14 +170,16 @@ def test_a_file_may_have_the_name_of_a_module(
     assert sys.modules["torch"] is torch
 
 
-# -- what is shown ----------------------------------------------------------------------------------------------
+# -- what is shown ---------------------------------------------------------------------------------
 
 
 def test_overrides_by_name_and_by_role(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--override` takes globs and roles, numbers and `true`; the last match wins, also if it is given twice."""
+    """`--override` takes globs and roles, numbers and `true`; the last match wins, also if it is
+    given twice."""
     found = as_json(
         capsys, "models.py:build", "--weight-decay", "0.5",
-        *("--override", "norm=0.25"), *("--override", "*.norm.bias=true"), *("--override", "norm=true"),
+        *("--override", "norm=0.25"), *("--override", "*.norm.bias=true"),
+        *("--override", "norm=true"),
         *("--override", "1.*=0"),
     )  # fmt: skip
     λs = {p["name"]: (p["weight_decay"], p["follows"]) for p in found["parameters"]}
@@ -184,7 +189,8 @@ def test_overrides_by_name_and_by_role(folder: Path, capsys: pytest.CaptureFixtu
 
 
 def test_only_and_summary(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--only` shows a part, `--summary` nothing but totals, which are of all parameters in each case."""
+    """`--only` shows a part, `--summary` nothing but totals, which are of all parameters in each
+    case."""
     plan = wdhook.plan(build(), 1e-4)
     head, _, totals = str(plan).split("\n\n")
     assert inspect(capsys, "models.py:build", "--summary") == f"{head}\n\n{totals}\n"
@@ -229,8 +235,9 @@ def test_the_schema_of_json(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     plan = wdhook.plan(build(), 1e-4)
     for row, decision in zip(found["parameters"], plan.values(), strict=True):
         assert row == {
-            "name": decision.name, "shape": list(decision.shape), "numel": decision.numel, "role": str(decision.role),
-            "weight_decay": decision.weight_decay, "follows": decision.follows, "guess": decision.guess,
+            "name": decision.name, "shape": list(decision.shape), "numel": decision.numel,
+            "role": str(decision.role), "weight_decay": decision.weight_decay,
+            "follows": decision.follows, "guess": decision.guess,
             "reason": decision.reason,
         }  # fmt: skip
     page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
@@ -254,30 +261,134 @@ def test_diff_ends_like_diff(folder: Path, capsys: pytest.CaptureFixture[str]) -
     )
 
 
-def test_rich_on_a_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal rich draws the same cells, if it is installed; without it the text is plain."""
-    pytest.importorskip("rich")
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
 
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+    def isatty(self) -> bool:
+        return True
 
+
+def on_terminal(monkeypatch: pytest.MonkeyPatch, columns: int, *arguments: str) -> str:
+    """The output of `inspect` on a terminal of so many columns."""
+    terminal = Terminal()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        assert cli.main(["inspect", *arguments]) == 0
+    return terminal.getvalue()
+
+
+CODES = re.compile(r"\x1b\[[\d;]*m")
+
+
+def test_a_wide_terminal_has_the_same_table_in_colour(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decayed rows are green, exempt ones faint, guesses bold; without the codes it is
+    `print(plan)`."""
+    drawn = on_terminal(monkeypatch, 200, "models.py:build")
+    assert CODES.sub("", drawn) == f"{wdhook.plan(build(), 1e-4)}\n"
+    lines = dict(line.split("0-1.", 1)[::-1] for line in drawn.splitlines() if "0-1." in line)
+    codes = {name.split()[0]: code for name, code in lines.items()}
+    assert codes == {
+        "mixer": "\x1b[1;2m",
+        "fc.weight": "\x1b[32m",
+        "fc.bias": "\x1b[2m",
+        "norm.weight": "\x1b[2m",
+        "norm.bias": "\x1b[2m",
+        "gamma": "\x1b[2m",
+    }
+
+
+@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_colour_can_be_declined(
+    variable: str, value: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NO_COLOR and a dumb terminal get plain text, as a pipe does."""
+    terminal = Terminal()
     monkeypatch.setenv("COLUMNS", "200")
-    drawn, plain = Terminal(), Terminal()
-    monkeypatch.setattr(sys, "stdout", drawn)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(sys, "stdout", terminal)
     assert cli.main(["inspect", "models.py:build"]) == 0
-    monkeypatch.setattr(sys, "stdout", plain)
-    monkeypatch.setitem(sys.modules, "rich", None)
-    assert cli.main(["inspect", "models.py:build"]) == 0
-    assert "0-1.fc.weight ×2" in drawn.getvalue()
-    assert "─" in drawn.getvalue()
-    assert plain.getvalue() == f"{wdhook.plan(build(), 1e-4)}\n"
+    assert terminal.getvalue() == f"{wdhook.plan(build(), 1e-4)}\n"
+
+
+LONG = "d_model=4, nhead=2, dim_feedforward=4, batch_first=True"
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_the_table_is_as_wide_as_the_terminal(
+    columns: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No line is wider than the terminal; no letter is lost; words are whole from 80 columns on."""
+    arguments = ["torch.nn:Transformer", "--kwargs", LONG]
+    drawn = CODES.sub("", on_terminal(monkeypatch, columns, *arguments))
+    whole = CODES.sub("", on_terminal(monkeypatch, 300, *arguments))
+    assert max(map(len, drawn.splitlines())) <= columns < max(map(len, whole.splitlines()))
+    pieces = r"[A-Za-z_]+" if columns >= 80 else r"[A-Za-z_]"
+    assert sorted(re.findall(pieces, drawn)) == sorted(re.findall(pieces, whole))
+
+
+def test_a_pipe_gets_the_whole_table(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twin: what is no terminal is not cut to one."""
+    monkeypatch.setenv("COLUMNS", "60")
+    out = inspect(capsys, "torch.nn:Transformer", "--kwargs", LONG)
+    assert max(map(len, out.splitlines())) > 60
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "lines"),
+    [
+        ("layers.0.fc.weight", 18, ["layers.0.fc.weight"]),
+        ("layers.0-11.self_attn.weight ×12", 18, ["layers.0-11", "  .self_attn", "  .weight ×12"]),
+        ("a" * 20, 8, ["a" * 8, "  " + "a" * 6, "  " + "a" * 6]),
+    ],
+)
+def test_names_fold_at_dots(name: str, width: int, lines: list[str]) -> None:
+    """A name is broken before a dot, and only a component that is too wide anywhere else."""
+    assert fold_name(name, width) == lines
+
+
+def test_modules_at_a_depth(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--depth` sums the parameters below each module; equal modules are one row."""
+    out = inspect(capsys, "models.py:build", "--kwargs", "depth=3", "--depth", "1")
+    rows = [line.split() for line in out.split("\n\n")[1].splitlines()]
+    assert rows[0] == ["module", "tensors", "decayed", "elements", "decayed"]
+    # A block has 4×4 + 4 of fc, 4 + 4 of norm, 4 of gamma and 4 of mixer.
+    assert rows[2:] == [["0-2", "×3", "6", "1", "36", "16"]]
+    found = as_json(capsys, "models.py:build", "--depth", "2")["modules"]
+    assert [m["name"] for m in found] == ["0.fc", "0.norm", "0", "1.fc", "1.norm", "1"] or [
+        m["name"] for m in found
+    ] == ["0", "0.fc", "0.norm", "1", "1.fc", "1.norm"]
+    assert sum(m["elements"] for m in found) == 72
+    alone = inspect(
+        capsys, "torch.nn:Linear", "--kwargs", "in_features=2, out_features=2", "--depth", "1"
+    )
+    assert alone.split("\n\n")[1].splitlines()[2].split() == ["(model)", "2", "1", "6", "4"]
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_the_suffix_decides_the_format(
+    suffix: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--plot` writes the format of the suffix, and says on stderr that it has."""
+    pytest.importorskip("matplotlib")
+    assert cli.main(["inspect", "models.py:build", "--plot", f"plan.{suffix}"]) == 0
+    assert capsys.readouterr().err == f"python -m wdhook inspect: wrote plan.{suffix}\n"
+    begins = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
+    assert (folder / f"plan.{suffix}").read_bytes().startswith(begins[suffix])
 
 
 def test_the_plan_is_drawn_too(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    """`--plot` writes the picture of the plan and prints what it always prints; without matplotlib it is an error."""
+    """`--plot` writes the picture of the plan and prints what it always prints; without matplotlib
+    it is an error."""
     pytest.importorskip("matplotlib")
     out = inspect(capsys, "models.py:build", "--plot", "plan.png")
     assert out == f"{wdhook.plan(build(), 1e-4)}\n"
@@ -289,33 +400,41 @@ def test_the_plan_is_drawn_too(
     assert "--plot needs packages that are not installed: matplotlib" in err
 
 
-# -- what cannot be -----------------------------------------------------------------------------------------------
+# -- what cannot be --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "pieces"),
     [
-        (["models.py"], ["must be PLACE:NAME", "timm:"]),
-        (["no.py:build"], ["names a file that does not exist", "file: no.py"]),
-        (["models.py:built"], ["something that is not there", "there are: build"]),
-        (["no_such_package.models:a"], ["cannot be imported", "package: no_such_package.models"]),
+        (["models.py"], ["must be PLACE:NAME", "timm:", "Did you mean models.py:Block or :build"]),
+        (["models"], ["must be PLACE:NAME", "Did you mean models.py:Block or :build"]),
+        (["torch.nn.Linear"], ["must be PLACE:NAME", "Did you mean torch.nn:Linear?"]),
+        (["no.py:build"], ["names a file that does not exist", "file: no.py\n"]),
+        (["model.py:build"], ["names a file that does not exist", "Did you mean models.py?"]),
+        (["models.py:built"], ["does not exist", "there are: build", "Did you mean build?"]),
+        (["no_such_package.models:a"], ["cannot be imported", "package: no_such_package.models\n"]),
+        (["troch.nn:Linear"], ["cannot be imported", "package: troch.nn. Did you mean torch"]),
+        (["torch.optmi:SGD"], ["cannot be imported", "package: torch.optmi. Did you mean optim"]),
         (["models.py:no_module"], ["must make a torch.nn.Module", "made: int"]),
         (["models.py:text"], ["must name a function, a class or a model", "is: str"]),
-        (["models.py:fails"], ["models.py:fails raised an error", "RuntimeError: mat1 and mat2", "in fails"]),
+        (["models.py:fails"], ["fails raised an error", "RuntimeError: mat1 and mat2", "in fails"]),
         (["models.py:stops"], ["SystemExit: no arguments given", "in stops"]),
         (["broken.py:build"], ["broken.py raised an error", "ZeroDivisionError", "broken.py:2"]),
         (["torch.nn:Linear"], ["TypeError", "in_features"]),
         (["torch.nn:Linear", "--kwargs", "3"], ["must be name=value", "got: '3'"]),
         (["torch.nn:Linear", "--kwargs", "a=open('x')"], ["literals for values"]),
         (["models.py:ready", "--kwargs", "a=1"], ["is a model already"]),
-        (["models.py:build", "--override", "nothing=0"], ["matches nothing", "selector: 'nothing'"]),
+        (["models.py:build", "--override", "no=0"], ["matches nothing", "selector: 'no'"]),
+        (["models.py:build", "--override", "nrom=0"], ["matches nothing", "Did you mean norm?"]),
+        (["models.py:build", "--override", "0.fc.wieght=0"], ["Did you mean 0.fc.weight"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )  # fmt: skip
 def test_errors(
     arguments: list[str], pieces: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What cannot be built ends with status 2 and a message that says what and where, without a traceback."""
+    """What cannot be built ends with status 2 and a message that says what and where, without a
+    traceback."""
     (folder / "broken.py").write_text("a = 0\nb = 1 / a\n")
     err = inspect(capsys, *arguments, status=2)
     assert "python -m wdhook inspect: error: " in err
@@ -347,7 +466,8 @@ def test_values_are_parsed_and_never_run(tmp_path: Path) -> None:
 
 
 def test_inputs_are_tensors_and_the_same_each_time() -> None:
-    """Positional and keyword inputs, dtypes with and without `torch.`; made anew from the same numbers."""
+    """Positional and keyword inputs, dtypes with and without `torch.`; made anew from the same
+    numbers."""
     texts = [
         "randn(2, 3)",
         "ids=torch.randint(0, 9, (2, 4))",
@@ -368,7 +488,7 @@ def test_inputs_are_tensors_and_the_same_each_time() -> None:
     assert parse_kwargs(None) == {}
 
 
-# -- the packages of others -------------------------------------------------------------------------------------
+# -- the packages of others ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -391,7 +511,8 @@ def test_models_of_others(
 def test_transformers_are_configured_and_never_downloaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """`hf:` takes configurations and model classes with sizes; the name of a checkpoint is an error."""
+    """`hf:` takes configurations and model classes with sizes; the name of a checkpoint is an
+    error."""
     pytest.importorskip("transformers")
     sizes = "num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8"
     found = as_json(capsys, "hf:BertForMaskedLM", "--kwargs", sizes)
@@ -399,3 +520,13 @@ def test_transformers_are_configured_and_never_downloaded(
     err = inspect(capsys, "hf:bert-base-uncased", status=2)
     assert "it downloads nothing" in err
     assert "hf:BertConfig" in err
+    assert "Did you mean BertConfig" in inspect(capsys, "hf:BertConfg", status=2)
+
+
+def test_a_slip_in_a_model_of_timm_gets_near_names(capsys: pytest.CaptureFixture[str]) -> None:
+    """timm's own error has no names; ours has the nearest ones."""
+    pytest.importorskip("timm")
+    err = inspect(capsys, "timm:vit_base_patch16_24", status=2)
+    assert "timm has no model of this name" in err
+    assert "Did you mean vit_base_patch16_224" in err
+    assert inspect(capsys, "timm:resnet18.a1_in1k", "--summary")  # a model with the tag of weights

@@ -56,7 +56,11 @@ def test_the_page_shows_what_is_printed(call: str) -> None:
 def test_the_page_is_not_empty() -> None:
     """Twin: the sessions and files above are found."""
     assert set(FILES) == {"models.py", "train.py"}
-    assert [call.split()[3] for call in CALLS] == ["inspect", "inspect", "inspect", "doctor"]
+    assert [call.split()[3] for call in CALLS] == [
+        *["inspect"] * 4,
+        "doctor",
+        "optimizers",
+    ]
 
 
 @pytest.mark.usefixtures("files")

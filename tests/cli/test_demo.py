@@ -17,9 +17,11 @@ from torch.optim import optimizer as torch_optimizer
 import wdhook
 from wdhook import cli, plot
 from wdhook._commands import digits as _demo
+from wdhook._commands.digits_timing import paired_ratio
 
 ROW = re.compile(
-    r"^ *(\([a-d]\)) .*?  +(\d+\.\d+)% +(\d+\.\d+) +(\d+\.\d+) +(\d+\.\d \(.*\)) *$", re.MULTILINE
+    r"^ *(\([a-d]\)) .*?  +(\d+\.\d+)% +(\d+\.\d+) +(\d+\.\d+) +(1|–|\d+\.\d+ \(.*\)) *$",
+    re.MULTILINE,
 )
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -37,7 +39,7 @@ class Ran(NamedTuple):
         return {arm: tuple(map(float, numbers)) for arm, *numbers, _ in ROW.findall(self.out)}
 
     def without_times(self) -> str:
-        return ROW.sub(lambda row: row[0].replace(row[5], "").rstrip(), self.out)
+        return ROW.sub(lambda row: row[0][: row.start(5) - row.start()].rstrip(), self.out)
 
 
 def run(folder: Path, epochs: int = 2, seed: int = 0) -> Ran:
@@ -82,7 +84,8 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Short:
 
 
 def test_ends_well_and_says_so(short: Short) -> None:
-    """Exit status 0 and one sentence on what was found equal: each loss, every parameter and buffer."""
+    """Exit status 0 and one sentence on what was found equal: each loss, every parameter and
+    buffer."""
     assert short.ran.status == 0
     assert "are equal to the last bit" in short.ran.out
     assert "each of 30 steps, and all 38 parameters and buffers" in short.ran.out
@@ -131,14 +134,15 @@ def test_same_seed_same_output(short: Short, tmp_path: Path) -> None:
 
 
 def test_other_seed_other_output(short: Short, tmp_path: Path) -> None:
-    """Twin: the seed reaches the weights, so that the comparison above can fail; the promise holds here too."""
+    """Twin: the seed reaches the weights, so that the comparison above can fail; the promise holds
+    here too."""
     other = run(tmp_path, seed=1)
     assert other.status == 0
     assert other.without_times() != short.ran.without_times()
 
 
 def test_leaves_the_process_as_it_was(short: Short) -> None:
-    """Threads, random numbers, flags, process-wide hooks and matplotlib's settings are untouched."""
+    """Threads, random numbers, flags, process-wide hooks and matplotlib's settings stay."""
     assert short.after == short.before
 
 
@@ -169,7 +173,7 @@ def test_leaves_the_process_as_it_was_can_fail(change: Callable[[], Any], notice
 def test_a_λ_that_is_slightly_off_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twin of the equality: λ larger by a hundred-thousandth in (d) alone makes the exit status 1."""
+    """Twin of the equality: λ larger by 1e-5 of itself in (d) alone makes the exit status 1."""
     attach = wdhook.attach
     monkeypatch.setattr(wdhook, "attach", lambda model, λ: attach(model, λ * 1.00001))
     ran = run(tmp_path, epochs=1)
@@ -179,6 +183,31 @@ def test_a_λ_that_is_slightly_off_is_an_error(
     assert re.search(r"\d+ of 38 parameters and buffers, first stem.weight", ran.err)
     assert "equal to the last bit" not in ran.out
     assert ran.png.startswith(PNG)
+
+
+# -- times -----------------------------------------------------------------------------------------
+
+
+def test_a_ratio_is_of_times_in_the_same_round() -> None:
+    """A machine that slows down changes both times of a round, and no ratio."""
+    reference = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
+    ours = [1.25 * seconds for seconds in reference]
+    assert paired_ratio(ours, reference) == (1.25, 1.25, 1.25)
+    assert str(paired_ratio(ours, reference)) == "1.25 (1.25–1.25)"
+
+
+@pytest.mark.parametrize(("rounds", "rank"), [(6, 0), (8, 0), (9, 1), (10, 1), (16, 3)])
+def test_the_interval_is_that_of_the_sign_test(rounds: int, rank: int) -> None:
+    """Order statistics from the tables of the sign test at 95 %: the (rank+1)-th from each end."""
+    found = paired_ratio([float(i) for i in range(1, rounds + 1)], [1.0] * rounds)
+    assert found is not None
+    assert (found.low, found.high) == (rank + 1, rounds - rank)
+
+
+def test_few_rounds_have_no_interval(short: Short) -> None:
+    """Five rounds cannot hold the median with 95 %, and two print a dash."""
+    assert paired_ratio([1.0] * 5, [1.0] * 5) is None
+    assert [time for *_, time in ROW.findall(short.ran.out)] == ["–", "–", "1", "–"]
 
 
 def _run(losses: Tensor | None = None, **state: Tensor) -> _demo.Run:
@@ -203,14 +232,16 @@ TINY = torch.finfo(torch.float32).tiny
     ids=["a loss", "a weight", "a buffer", "not a number"],
 )
 def test_one_bit_is_a_difference(other: _demo.Run, words: list[str]) -> None:
-    """One number that differs by the smallest amount, anywhere, is found and named; equal runs are equal."""
+    """One number that differs by the smallest amount, anywhere, is found and named; equal runs are
+    equal."""
     assert _demo._differences(_run(), _run()) == []
     assert _demo._differences(_run(), other) == words
     assert _demo._differences(other, _run()) == words
 
 
 def test_groups_by_hand_hold_every_parameter_once() -> None:
-    """The reference leaves no parameter out and none in twice, and decays what has more than one dimension."""
+    """The reference leaves no parameter out and none in twice, and decays what has more than one
+    dimension."""
     model = _demo._model(0)
     decayed, rest = (group["params"] for group in _demo._by_hand(model))
     assert sorted(map(id, [*decayed, *rest])) == sorted(map(id, model.parameters()))
@@ -219,7 +250,8 @@ def test_groups_by_hand_hold_every_parameter_once() -> None:
 
 
 def test_plot_shows_every_line_in_every_panel() -> None:
-    """A panel for each quantity, a distinct style for each line, axes with labels that begin at zero."""
+    """A panel for each quantity, a distinct style for each line, axes with labels that begin at
+    zero."""
     history = {f"line {i}": {"one": [1.0, 2.0], "two": [3.0, 2.0 + i]} for i in range(4)}
     figure = plot.norms(history)
     assert [ax.get_title() for ax in figure.axes] == ["one", "two"]

@@ -1,4 +1,5 @@
-"""`python -m wdhook doctor`: each thing that it finds, found in a training that has it and in none that has not."""
+"""`python -m wdhook doctor`: each thing that it finds, found in a training that has it and in none
+that has not."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def healthy() -> Any:
 
 @pytest.fixture
 def doctor(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Any]]:
-    """Runs the command on a function; gives the parsed JSON, after the exit status was checked against it."""
+    """Runs the command on a function; gives the parsed JSON, after the exit status was checked
+    against it."""
     module = types.ModuleType("its_training")
     sys.modules["its_training"] = module
 
@@ -70,7 +72,7 @@ def names(found: Any, kind: str) -> list[str]:
     return parameters
 
 
-# -- healthy ----------------------------------------------------------------------------------------------------
+# -- healthy ---------------------------------------------------------------------------------------
 
 
 def trains_by_itself() -> Any:
@@ -146,7 +148,8 @@ def is_frozen() -> Any:
 def test_nothing_is_found_where_nothing_is_wrong(
     make: Make, mode: str, doctor: Callable[..., Any]
 ) -> None:
-    """A loss, a whole loop, accumulation, a closure, a scaler that skips steps, two optimizers: all are right."""
+    """A loss, a whole loop, accumulation, a closure, a scaler that skips steps, two optimizers: all
+    are right."""
     found = doctor(make, "--mode", mode, "--at", "step")
     assert kinds(found) == []
     assert found["steps"] == len(found["optimizers"])
@@ -213,11 +216,12 @@ def test_the_inputs_make_a_loss(doctor: Callable[..., Any]) -> None:
     assert names(found, "no-gradient") == ["unused.weight", "unused.bias"]
 
 
-# -- findings ---------------------------------------------------------------------------------------------------
+# -- findings --------------------------------------------------------------------------------------
 
 
 def test_double_decay_and_decay_of_what_is_exempt(doctor: Callable[..., Any]) -> None:
-    """AdamW as most people construct it: its weights decayed twice, its biases and norms decayed at all."""
+    """AdamW as most people construct it: its weights decayed twice, its biases and norms decayed at
+    all."""
     net = model()
     found = doctor(lambda: (net, AdamW(net.parameters()), lambda: loss(net)))
     assert kinds(found) == [("error", "double-decay"), ("warning", "exempt-decayed")]
@@ -283,7 +287,8 @@ def test_an_optimizer_of_a_copy(doctor: Callable[..., Any]) -> None:
 
 
 def test_decay_that_rounds_away(doctor: Callable[..., Any]) -> None:
-    """bfloat16 parameters whose decay is below their precision; every one of them is named, and float32 is not."""
+    """bfloat16 parameters whose decay is below their precision; every one of them is named, and
+    float32 is not."""
 
     def make() -> Any:
         net = model(torch.bfloat16)
@@ -384,7 +389,8 @@ def keeps_copies() -> Any:
 
 @pytest.mark.parametrize("make", [steps_copies, keeps_copies], ids=lambda make: make.__name__)
 def test_master_weights(make: Make, doctor: Callable[..., Any]) -> None:
-    """Copies that are written back: no obstacle for a decay in the gradient, an error where parameters are shrunk."""
+    """Copies that are written back: no obstacle for a decay in the gradient, an error where
+    parameters are shrunk."""
     found = [pair for pair in kinds(doctor(make)) if pair[1] != "rounds-away"]
     assert found == [("note", "master-weights")]
     wrong = doctor(make, "--mode", "decoupled", "--at", "step", "--weight-decay", "100")
@@ -415,7 +421,8 @@ def test_a_scaler_that_was_not_given(doctor: Callable[..., Any]) -> None:
 
 
 def test_an_optimizer_that_hides_its_steps(doctor: Callable[..., Any]) -> None:
-    """Steps that cannot be heard are an error at the step and a note in the backward; one that never came is told."""
+    """Steps that cannot be heard are an error at the step and a note in the backward; one that
+    never came is told."""
 
     class Hidden:
         def __init__(self, params: Any) -> None:
@@ -447,7 +454,8 @@ def test_an_optimizer_that_hides_its_steps(doctor: Callable[..., Any]) -> None:
 
 
 def test_an_error_of_the_engine_hides_nothing_else(doctor: Callable[..., Any]) -> None:
-    """After an error in the step the loop goes on without the decay: the second optimizer is reached."""
+    """After an error in the step the loop goes on without the decay: the second optimizer is
+    reached."""
 
     def make() -> Any:
         net = model()
@@ -483,7 +491,7 @@ def test_other_warnings_of_wdhook_are_findings(doctor: Callable[..., Any]) -> No
     assert [str(w.message) for w in caught] == ["of the user"]
 
 
-# -- what cannot be examined ------------------------------------------------------------------------------------
+# -- what cannot be examined -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -491,14 +499,24 @@ def test_other_warnings_of_wdhook_are_findings(doctor: Callable[..., Any]) -> No
     [
         (
             lambda: model(),
-            ["does not make a training step", "returned: no optimizer", "make() returns a tuple"],
+            ["does not make a training step", "returned: no optimizer", "make() returns these"],
         ),
-        (lambda: SGD(model().parameters(), lr=0.1), ["returned: 0 models"]),
+        (
+            lambda: SGD(model().parameters(), lr=0.1),
+            ["returned: no model\n", "expected: (model, optimizer, step)"],
+        ),
         (lambda: (model(), *healthy()), ["returned: 2 models", "nn.ModuleList"]),
         (lambda: healthy()[:2], ["no step, and there is no --input"]),
-        (lambda: (*healthy(), 3), ["a int that is none of them"]),
-        (lambda: (*healthy(), len), ["2 functions and 0 scalers"]),
+        (lambda: (*healthy(), 3), ["returned: an int, which has no place in a training step"]),
+        (lambda: None, ["returned: None\n", "expected: (model, optimizer, step)"]),
+        (lambda: (*healthy(), None), ["a tuple with None in it"]),
+        (lambda: (*healthy(), len), ["returned: 2 functions; `step` is one"]),
         (lambda: (*healthy()[:2], lambda: 3.0), ["must return the loss", "returned: a float"]),
+        (lambda: (*healthy()[:2], lambda: None), ["must return the loss", "returned: None"]),
+        (
+            lambda: (*healthy(), *(torch.amp.GradScaler("cpu") for _ in range(2))),
+            ["returned: 2 scalers"],
+        ),
         (lambda: (*healthy()[:2], lambda: torch.ones(2)), ["returned: a tensor (2,)"]),
         (
             lambda: (*healthy()[:2], lambda: 1 / 0),
@@ -546,3 +564,44 @@ def test_names_are_shortened_in_text_alone(
     shown = "0.weight, 1.weight, 2.weight, 3.weight, 4.weight, 5.weight"
     assert f"  parameters: 10: {shown}, ... 4 more\n" in out
     assert out.endswith("1 error, 1 warning, 0 notes\n")
+
+
+# -- what make() may return ------------------------------------------------------------------------
+
+
+def in_a_dict() -> Any:
+    net, optimizer, step = healthy()
+    return {"model": net, "optimizer": optimizer, "step": step}
+
+
+def in_nested_lists() -> Any:
+    net, optimizer, step = healthy()
+    return [net, {"optimizers": (optimizer,)}, [step]]
+
+
+def with_schedulers() -> Any:
+    net, optimizer, step = healthy()
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    return net, optimizer, cosine, {"scheduler": plateau}, step
+
+
+def with_a_loader() -> Any:
+    return (*healthy(), torch.utils.data.DataLoader([1, 2, 3]))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [in_a_dict, in_nested_lists, with_schedulers, with_a_loader],
+    ids=lambda make: make.__name__,
+)
+def test_the_form_of_what_make_returns_is_free(make: Make, doctor: Callable[..., Any]) -> None:
+    """Dicts, lists and tuples, nested; schedulers and loaders are ignored."""
+    found = doctor(make)
+    assert kinds(found) == []
+    assert (found["optimizers"], found["steps"]) == (["SGD"], 1)
+
+
+def test_an_override_that_matches_nothing_gets_near_names(doctor: Callable[..., Any]) -> None:
+    """A slip in a role or a name is answered by a question."""
+    assert "Did you mean norm?" in doctor(healthy, "--override", "nrom=true")

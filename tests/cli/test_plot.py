@@ -1,4 +1,5 @@
-"""Pictures: what is drawn is what the data say. How they look was looked at; here their parts are measured."""
+"""Pictures: what is drawn is what the data say. How they look was looked at; here their parts are
+measured."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from wdhook import plot
 from wdhook.plot.plan import _DOT, parts
 
 matplotlib = pytest.importorskip("matplotlib")
+from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
 
@@ -57,16 +59,17 @@ def png(figure: Any) -> bytes:
     return stream.getvalue()
 
 
-# -- plans ------------------------------------------------------------------------------------------------------
+# -- plans -----------------------------------------------------------------------------------------
 
 
 def test_the_area_is_the_number_of_elements() -> None:
-    """Squares that are larger than a dot have areas that stand to each other as the elements do; the rest are dots."""
+    """Squares that are larger than a dot have areas that stand to each other as the elements do;
+    the rest are dots."""
     plan = wdhook.plan(nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 10), nn.Linear(10, 2)), 0.1)
     drawn = sorted(squares(plot.plan(plan)))
     weights = [(side, share) for x, y, side, share in drawn if y == min(y for _, y, _, _ in drawn)]
     largest = weights[0][0]
-    # The side is a root of a product of floats; sums of positions of a few inches leave 1e-15 of them.
+    # The side is a root of a product of floats; sums of positions of a few inches leave 1e-15.
     for (side, share), numel in zip(weights, (1600, 400, 20), strict=True):
         assert side == pytest.approx(largest * math.sqrt(numel / 1600), abs=1e-12)
         assert share == pytest.approx(1.0, abs=1e-12)
@@ -93,7 +96,8 @@ def test_full_is_decayed_and_empty_is_exempt() -> None:
 
 
 def test_columns_follow_the_model() -> None:
-    """Each block is a column, in the order of the model; too many blocks are joined, and every parameter is in one."""
+    """Each block is a column, in the order of the model; too many blocks are joined, and every
+    parameter is in one."""
     few = parts(list(wdhook.plan(blocks(5), 0.1).values()))
     assert [part.label for part in few] == [
         "stem",
@@ -113,7 +117,8 @@ def test_columns_follow_the_model() -> None:
 
 
 def test_names_without_numbers_are_joined_too() -> None:
-    """A model with a thousand parameters of its own, and none in blocks, has no more columns than others."""
+    """A model with a thousand parameters of its own, and none in blocks, has no more columns than
+    others."""
     flat = nn.ParameterDict(
         {f"p{chr(97 + i % 26)}{i // 26 * 'x'}": nn.Parameter(torch.ones(2, 2)) for i in range(300)}
     )
@@ -143,11 +148,12 @@ def test_everything_is_inside_the_picture(count: int) -> None:
 
 
 def test_the_text_says_how_much() -> None:
-    """The heading is that of the table; each role has its totals; the key has a square to compare with."""
+    """The heading is that of the table; each role has its totals; the key has a square to compare
+    with."""
     plan = wdhook.plan(blocks(3), 0.1)
     found = texts(plot.plan(plan))
     assert found[0] == str(plan).partition("\n")[0]
-    assert {"weight", "bias", "norm", "decayed", "exempt", "10 elements"} <= set(found)
+    assert {"weight", "bias", "norm", "decayed", "exempt", "50 elements"} <= set(found)
     weights = [d for d in plan.values() if d.role == "weight"]
     assert f"{len(weights)} tensors, {sum(d.numel for d in weights)}" in found
 
@@ -166,7 +172,7 @@ def test_lazy_and_scalar_parameters() -> None:
     assert png(plot.plan(dict(plan))).startswith(b"\x89PNG")
 
 
-# -- norms ------------------------------------------------------------------------------------------------------
+# -- norms -----------------------------------------------------------------------------------------
 
 
 class Snapshot:
@@ -209,7 +215,7 @@ def test_histories_are_drawn_by_training() -> None:
 
 
 def test_snapshots_are_drawn_by_group() -> None:
-    """A list of snapshots or of their dicts: a panel for each group, at the steps they were taken."""
+    """A list of snapshots or of their dicts: a panel for each group, at the steps of each."""
     snapshots = [Snapshot(0, weight=4.0, bias=1.0), Snapshot(50, weight=2.0, bias=1.5)]
     figure = plot.norms(snapshots)
     points = {title: list(lines.values()) for title, lines in drawn(figure).items()}
@@ -220,7 +226,8 @@ def test_snapshots_are_drawn_by_group() -> None:
 
 
 def test_a_group_that_comes_later_has_a_line_from_there() -> None:
-    """An adapter that was added in training begins where it was added; a training without it is in the legend."""
+    """An adapter that was added in training begins where it was added; a training without it is in
+    the legend."""
     one = [
         Snapshot(0, weight=4.0),
         Snapshot(10, weight=3.0, scale=1.0),
@@ -270,11 +277,71 @@ def test_nothing_to_draw(nothing: Any) -> None:
         plot.norms(nothing)
 
 
-# -- both -------------------------------------------------------------------------------------------------------
+def test_the_title_says_λ() -> None:
+    """That of snapshots, where all trainings have the same; a title that is given replaces it."""
+    constant = [{"step": i, "weight_decay": 0.1, "groups": {"w": {"norm": 1.0}}} for i in range(2)]
+    rising = [dict(s, weight_decay=λ) for s, λ in zip(constant, (0.04, 0.4), strict=True)]
+    heading = lambda figure: figure.get_suptitle()  # noqa: E731
+    assert heading(plot.norms(constant)) == "λ = 0.1"
+    assert heading(plot.norms(rising)) == "λ from 0.04 to 0.4"
+    assert heading(plot.norms(constant, title="mine")) == "mine"
+    named = plot.norms({"a": constant, "b": constant})
+    assert named.legends[0].get_title().get_text() == "λ = 0.1"
+    assert plot.norms({"a": constant, "b": rising}).legends[0].get_title().get_text() == ""
+
+
+# -- axes of the caller ----------------------------------------------------------------------------
+
+
+def test_a_plan_is_drawn_into_given_axes() -> None:
+    """`ax=` draws there and returns its figure; a narrow place has fewer columns, in the same
+    model."""
+    figure = Figure(figsize=(8, 7))
+    above, below = figure.subplots(2, 1)
+    decided = wdhook.plan(blocks(12), 0.1)
+    assert plot.plan(decided, ax=above) is figure
+    assert not below.texts
+    narrow = Figure(figsize=(4, 4))
+    plot.plan(decided, ax=narrow.add_axes((0, 0, 1, 1)))
+    assert 0 < len(list(squares(narrow))) < len(list(squares(figure)))
+    narrow.canvas.draw()
+    for artist in (*narrow.axes[0].texts, *narrow.axes[0].patches):
+        box = artist.get_window_extent()
+        assert 0 <= box.x0 <= box.x1 <= narrow.bbox.width, artist
+
+
+def test_norms_are_drawn_into_given_axes() -> None:
+    """`ax=` is one axes for each panel; a wrong number is an error that says how many there are."""
+    figure = Figure()
+    axes = figure.subplots(1, 2)
+    snapshots = [Snapshot(step, weight=1.0, bias=2.0) for step in (0, 10)]
+    assert plot.norms(snapshots, ax=axes) is figure
+    assert [ax.get_title() for ax in axes] == ["weight", "bias"]
+    assert figure.get_suptitle() == ""
+    alone = Figure()
+    assert plot.norms([Snapshot(0, weight=1.0)], ax=alone.subplots()) is alone
+    with pytest.raises(wdhook.ArgumentError, match="panels: 2: weight, bias"):
+        plot.norms(snapshots, ax=axes[:1])
+
+
+def test_the_sizes_of_the_key_are_no_squares_of_the_plan() -> None:
+    """Sizes are dashed lines, fills are squares: an empty square means exempt, and nothing else."""
+    figure = plot.plan(wdhook.plan(blocks(3), 0.1))
+    grey = matplotlib.colors.to_rgba("#555555")
+    outlines = [
+        p for p in figure.axes[0].patches if p.get_linewidth() and p.get_edgecolor() == grey
+    ]
+    assert len(outlines) == 2  # decayed and exempt
+    dashed = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
+    assert len(dashed) == 1
+
+
+# -- both ------------------------------------------------------------------------------------------
 
 
 def test_no_trace_in_the_process(tmp_path: Path) -> None:
-    """Neither picture touches pyplot or the settings of matplotlib; the same data give the same bytes."""
+    """Neither picture touches pyplot or the settings of matplotlib; the same data give the same
+    bytes."""
     import sys
 
     before = {key: matplotlib.rcParams._get(key) for key in matplotlib.rcParams}

@@ -1,4 +1,5 @@
-"""torch.compile: the decay is the same, and no graph, graph break or recompilation is there because of it."""
+"""torch.compile: the decay is the same, and no graph, graph break or recompilation is there
+because of it."""
 
 from __future__ import annotations
 
@@ -112,7 +113,8 @@ def reference(
     ],
 )
 def test_forward(mode: str, at: str, late: bool, backend: str, make: Any) -> None:
-    """fullgraph=True, two batch sizes, train and eval: what Dynamo counts is what it counts without wdhook."""
+    """fullgraph=True, two batch sizes, train and eval: what Dynamo counts is what it counts
+    without wdhook."""
     ours = play(partial(forward, backend), mode, at, make=make, late=late)
     expected = reference(forward, backend, mode, make)
     assert_bit_equal(ours.state, expected.state)
@@ -122,7 +124,8 @@ def test_forward(mode: str, at: str, late: bool, backend: str, make: Any) -> Non
 
 @each_case
 def test_a_function_with_backward(mode: str, at: str) -> None:
-    """The hooks run inside a compiled function, and Dynamo leaves them alone: the counts are those without wdhook."""
+    """The hooks run inside a compiled function, and Dynamo leaves them alone: the counts are those
+    without wdhook."""
     ours = play(partial(forward_and_backward, "aot_eager"), mode, at)
     expected = reference(forward_and_backward, "aot_eager", mode)
     assert_bit_equal(ours.state, expected.state)
@@ -130,7 +133,8 @@ def test_a_function_with_backward(mode: str, at: str) -> None:
 
 
 def test_the_counts_can_differ() -> None:
-    """A plain hook is compiled for each shape of parameter, and a decay that ignores the schedule is seen."""
+    """A plain hook is compiled for each shape of parameter, and a decay that ignores the schedule
+    is seen."""
 
     def decay(param: Tensor) -> None:
         param.grad.add_(param, alpha=λ)
@@ -162,7 +166,8 @@ def test_the_counts_can_differ() -> None:
     ],
 )
 def test_a_compiled_step(loop: Any, mode: str, at: str) -> None:
-    """No more graphs and breaks than without wdhook, lr being a tensor; no recompilation, though lr and λ change.
+    """No more graphs and breaks than without wdhook, lr being a tensor; no recompilation, though
+    lr and λ change.
 
     torch.optim's own decay is compiled anew for each λ at first.
     """
@@ -186,7 +191,8 @@ def test_a_compiled_step_with_a_number_as_lr() -> None:
 @pytest.mark.parametrize("at", ["backward", "step"])
 @pytest.mark.parametrize("how", ["wrapped", "wrapped_first", "in_place", "a_part"])
 def test_names_and_hooks_of_a_compiled_module(how: str, at: str) -> None:
-    """`torch.compile(model)` and `model.compile()`: overrides match the user's names, and decay happens once."""
+    """`torch.compile(model)` and `model.compile()`: overrides match the user's names, and decay
+    happens once."""
     model, twin = perceptron(), perceptron()
     seen = model
     if how == "in_place":
@@ -213,7 +219,8 @@ def test_names_and_hooks_of_a_compiled_module(how: str, at: str) -> None:
 
 
 def test_nothing_heavy_is_imported() -> None:
-    """Neither `import wdhook` nor `attach` nor a backward pass imports torch._dynamo, which takes a second or two."""
+    """Neither `import wdhook` nor `attach` nor a backward pass imports torch._dynamo, which takes
+    a second or two."""
     program = """
 import sys, torch, wdhook
 model = torch.nn.Linear(2, 1)

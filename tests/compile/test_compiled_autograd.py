@@ -27,7 +27,8 @@ def loop(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> Iteration:
-    """Backward passes as graphs; with `skips` every third step is skipped, its gradients zeroed all the same."""
+    """Backward passes as graphs; with `skips` every third step is skipped, its gradients zeroed
+    all the same."""
 
     def iteration(i: int, batch: Tensor) -> None:
         if i % micro == 0:
@@ -50,10 +51,10 @@ def pair(at: str, backend: str, micro: int, to_none: bool, skips: bool) -> tuple
 
 
 def test_at_step() -> None:
-    """No hook in the backward: bit-equal, and what Dynamo counts is what it counts without wdhook."""
+    """Bit-equal; after the first step, until which a few hooks watch, nothing is compiled anew."""
     ours, expected = pair("step", "aot_eager", 2, True, True)
     assert_bit_equal(ours.state, expected.state)
-    assert ours.counts == expected.counts
+    ours.assert_settled(after=4)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,8 @@ def test_at_step() -> None:
     ],
 )
 def test_in_the_backward(backend: str, micro: int, to_none: bool, skips: bool) -> None:
-    """Once per step in every kind of loop; one graph break for each decayed parameter, and nothing later."""
+    """Once per step in every kind of loop; one graph break for each decayed parameter, and nothing
+    later."""
     ours, expected = pair("backward", backend, micro, to_none, skips)
     if micro == 1:
         assert_bit_equal(ours.state, expected.state)
@@ -84,7 +86,8 @@ def test_in_the_backward(backend: str, micro: int, to_none: bool, skips: bool) -
 )
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_switched_on_for_a_compiled_function(at: str) -> None:
-    """`torch._dynamo.config.compiled_autograd`: forward, backward and step in one compiled function."""
+    """`torch._dynamo.config.compiled_autograd`: forward, backward and step in one compiled
+    function."""
 
     def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iteration:
         @torch.compile(backend="aot_eager")
@@ -100,4 +103,4 @@ def test_switched_on_for_a_compiled_function(at: str) -> None:
             play(everything, "coupled", moment, make=small, **lr_of(True)) for moment in (at, None)
         )
     assert_bit_equal(ours.state, expected.state)
-    ours.assert_settled(after=4)
+    ours.assert_settled(after=2)

@@ -1,4 +1,5 @@
-"""bfloat16 and float16: parameters in them, autocast around float32 ones, and decay that rounds away."""
+"""bfloat16 and float16: parameters in them, autocast around float32 ones, and decay that rounds
+away."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def test_parameters_of_low_precision(
 ) -> None:
     """As torch.optim decays them with param groups, to the last bit, with and without foreach."""
     mode = "decoupled" if kind is AdamW else "coupled"
-    # On the CPU foreach rounds the factor 1 - lr·λ to the precision of the tensors, and a single product does not.
+    # On the CPU foreach rounds the factor 1 - lr·λ to the precision of the tensors, and a single
+    # product does not.
     options = {"lr": LR} if kind is SGD else {"lr": LR, "eps": 1e-3}  # float16 has no 1e-8
     model, twin = twins(perceptron(dtype))
     optimizer = kind(model.parameters(), weight_decay=0, foreach=foreach, **options)
@@ -66,8 +68,8 @@ def test_decay_written_by_hand(mode: str, dtype: torch.dtype) -> None:
         if mode == "decoupled":
             assert torch.equal(weight, (p * (1 - LR * λ)).to(dtype))
             continue
-        # torch rounds λ, then λ·p (in some elements), then the sum: half a unit in the last place each. Numbers below
-        # the smallest normal one are further apart than that.
+        # torch rounds λ, then λ·p (in some elements), then the sum: half a unit in the last place
+        # each. Numbers below the smallest normal one are further apart than that.
         half = torch.finfo(dtype).eps / 2
         total = g + λ * p
         bound = (
@@ -89,7 +91,8 @@ def test_the_comparisons_can_fail() -> None:
 @pytest.mark.parametrize("at", ["backward", "step"])
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_autocast_to_bfloat16(mode: str, at: str) -> None:
-    """float32 parameters under autocast are decayed in float32, as torch.optim does it, and nothing is warned about."""
+    """float32 parameters under autocast are decayed in float32, as torch.optim does it, and
+    nothing is warned about."""
 
     def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         for batch in batches(model, 8):
@@ -122,7 +125,8 @@ def rounding_warned(expected: bool) -> Iterator[None]:
 @pytest.mark.parametrize("at", ["backward", "step"])
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_the_warning_comes_where_decay_rounds_away(mode: str, at: str, dtype: torch.dtype) -> None:
-    """Below half a unit in the last place of 1 there is a warning, above it none; a quarter is lost everywhere."""
+    """Below half a unit in the last place of 1 there is a warning, above it none; a quarter is
+    lost everywhere."""
     half = torch.finfo(dtype).eps / 2
     for factor, warned in ((0.49, True), (0.99, True), (1.01, False)):
         model = perceptron(dtype)
@@ -141,7 +145,8 @@ def test_the_warning_comes_where_decay_rounds_away(mode: str, at: str, dtype: to
 
 @pytest.mark.parametrize("own", [0.0, λ, None], ids=["nobody", "torch.optim", "wdhook"])
 def test_coupled_decay_can_be_lost_in_a_larger_gradient(own: float | None) -> None:
-    """λ·p below half a unit of g adds nothing to it, for torch.optim as for us: the step is that of no decay."""
+    """λ·p below half a unit of g adds nothing to it, for torch.optim as for us: the step is that
+    of no decay."""
     model = nn.Linear(3, 1, bias=False, dtype=torch.bfloat16)
     model.weight.data.fill_(1.0)
     model.weight.grad = torch.full_like(model.weight, 100.0)  # its neighbours are 0.5 away
@@ -152,7 +157,8 @@ def test_coupled_decay_can_be_lost_in_a_larger_gradient(own: float | None) -> No
 
 
 def test_float16_gradients_and_a_scaler_are_refused_by_torch() -> None:
-    """A GradScaler does not un-scale float16 gradients: its error comes before any step, and nothing was stepped."""
+    """A GradScaler does not un-scale float16 gradients: its error comes before any step, and
+    nothing was stepped."""
     model = perceptron(torch.float16)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = SGD(model.parameters(), lr=LR)

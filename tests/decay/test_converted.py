@@ -26,7 +26,8 @@ def swap(request: pytest.FixtureRequest) -> Iterator[None]:
 @MODES
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_converted_in_mid_run(swap: None, dtype: torch.dtype, mode: str, at: str) -> None:
-    """`model.to(dtype)` between two steps, gradients and all, with the same optimizer: the decay goes on."""
+    """`model.to(dtype)` between two steps, gradients and all, with the same optimizer: the decay
+    goes on."""
 
     def script(model: nn.Module, optimize: Optimize) -> None:
         optimizer = optimize(model)
@@ -40,7 +41,8 @@ def test_converted_in_mid_run(swap: None, dtype: torch.dtype, mode: str, at: str
 
 
 def test_a_conversion_after_which_decay_rounds_away(swap: None) -> None:
-    """float32 that becomes bfloat16 in mid-run is warned about as if it had been bfloat16 from the start."""
+    """float32 that becomes bfloat16 in mid-run is warned about as if it had been bfloat16 from the
+    start."""
     model = perceptron()
     optimizer = SGD(model.parameters(), lr=LR)
     with wdhook.attach(model, 1e-4, mode="decoupled", at="step", low_precision="round"):
@@ -51,7 +53,8 @@ def test_a_conversion_after_which_decay_rounds_away(swap: None) -> None:
 
 
 def test_swapping_tensors_between_backward_and_step_is_an_error_of_torch() -> None:
-    """A gradient whose decay is noted cannot be swapped, and torch says so; without gradients, the model can."""
+    """A gradient whose decay is noted cannot be swapped, and torch says so; without gradients, the
+    model can."""
     model = perceptron()
     optimizer = SGD(model.parameters(), lr=LR)
     torch.__future__.set_swap_module_params_on_conversion(True)

@@ -27,7 +27,8 @@ BACKWARD, STEP, NONE, ZERO = "bsn0"
 
 
 def sensible(events: str) -> bool:
-    """Whether every step reads a gradient of its own: zeroed since the last step, and then computed."""
+    """Whether every step reads a gradient of its own: zeroed since the last step, and then
+    computed."""
     fresh = used = False
     for event in events:
         if event == BACKWARD:
@@ -78,7 +79,8 @@ def run(events: str, mode: str, at: str, dtype: torch.dtype) -> tuple[nn.Module,
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 @pytest.mark.parametrize("seed", range(4))
 def test_random_events_at_step_are_bit_equal(mode: str, seed: int) -> None:
-    """At "step", any order of backward, step and both kinds of zeroing equals param groups to the last bit."""
+    """At "step", any order of backward, step and both kinds of zeroing equals param groups to the
+    last bit."""
     for events in random_strings(40, seed):
         model, twin = run(events, mode, "step", torch.float32)
         assert_bit_equal(model.state_dict(), twin.state_dict())
@@ -86,9 +88,12 @@ def test_random_events_at_step_are_bit_equal(mode: str, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_events_at_backward_are_equal_up_to_summation_order(seed: int) -> None:
-    """At "backward", g₁ + λp + g₂ takes the place of g₁ + g₂ + λp: equal up to the order of summation."""
-    # Each of at most 14 events rounds values below 10 a few times in float64 (2⁻⁵³ ≈ 1.1e-16 relative), and the
-    # learning rate is below 1: 14 · 10 · 10 · 1.1e-16 < 2e-13, and a step passes errors on at most tenfold.
+    """At "backward", g₁ + λp + g₂ takes the place of g₁ + g₂ + λp: equal up to the order of
+    summation."""
+    # Each of at most 14 events rounds values below 10 a few times in float64 (2⁻⁵³ ≈ 1.1e-16
+    # relative), and the
+    # learning rate is below 1: 14 · 10 · 10 · 1.1e-16 < 2e-13, and a step passes errors on at most
+    # tenfold.
     for events in random_strings(40, 100 + seed):
         model, twin = run(events, "coupled", "backward", torch.float64)
         assert_close(model.state_dict(), twin.state_dict(), 2e-12)
@@ -96,7 +101,8 @@ def test_random_events_at_backward_are_equal_up_to_summation_order(seed: int) ->
 
 @pytest.mark.parametrize("skipped", ["n", "0"])
 def test_a_skipped_step_is_decayed_in_the_next(skipped: str) -> None:
-    """A gradient that was thrown away takes its decay with it: the next one is decayed again, bit for bit."""
+    """A gradient that was thrown away takes its decay with it: the next one is decayed again, bit
+    for bit."""
     for events in (f"b{skipped}bs", f"b{skipped}b{skipped}bsnbs", f"bsnb{skipped}bs"):
         model, twin = run(events, "coupled", "backward", torch.float32)
         assert_bit_equal(model.state_dict(), twin.state_dict())
@@ -137,7 +143,8 @@ def test_a_gradient_changed_in_place_between_micro_batches(change: str) -> None:
 
 
 def test_one_part_is_zeroed_while_another_accumulates() -> None:
-    """Two parts, two optimizers, one handle: one part throws its gradients away, the other clips and goes on."""
+    """Two parts, two optimizers, one handle: one part throws its gradients away, the other clips
+    and goes on."""
     results = []
     for own in (True, False):
         g, d = (nn.Sequential(*perceptron(torch.float64, seed)) for seed in (1, 2))
@@ -162,7 +169,8 @@ def test_one_part_is_zeroed_while_another_accumulates() -> None:
 
 
 def test_zeroed_in_place_and_not_reached_again() -> None:
-    """A gradient that a skipped step left as zeros, and the next backward does not touch, is decayed at the step."""
+    """A gradient that a skipped step left as zeros, and the next backward does not touch, is
+    decayed at the step."""
     model, twin = twins(nn.ModuleList([perceptron(seed=s) for s in (1, 2)]))
 
     def play(m: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -253,7 +261,8 @@ def test_the_comparison_can_fail() -> None:
 
 
 def test_what_has_no_hook_tells_nothing() -> None:
-    """Frozen at `attach`, decayed in a step that raised, zeroed in place, unfrozen: it may hold a new gradient."""
+    """Frozen at `attach`, decayed in a step that raised, zeroed in place, unfrozen: it may hold a
+    new gradient."""
     model = nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in ("one", "two", "three")})
     one, two, three = (layer.weight for layer in model.values())
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)

@@ -1,4 +1,5 @@
-"""Fine-tuning: layers that are unfrozen, frozen, added, replaced, materialised or converted after `attach`."""
+"""Fine-tuning: layers that are unfrozen, frozen, added, replaced, materialised or converted after
+`attach`."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 
 
 def unfreeze_by_flag(model: nn.Module, optimize: Optimize) -> None:
-    """One optimizer for everything; layers join from the top, and at the end the bottom is frozen again."""
+    """One optimizer for everything; layers join from the top, and at the end the bottom is frozen
+    again."""
     optimizer = optimize(model)
     for seed, trained in enumerate(((5,), (3, 5), (0, 2, 3, 5), (3, 5))):
         for layer in (0, 2, 3, 5):
@@ -67,13 +69,15 @@ def unfreeze_by_new_optimizer(model: nn.Module, optimize: Optimize) -> None:
 @MODES
 @pytest.mark.parametrize("script", [unfreeze_by_flag, unfreeze_by_group, unfreeze_by_new_optimizer])
 def test_gradual_unfreezing(script: Any, mode: str, at: str) -> None:
-    """Layers are decayed from their first step on, while they train, and not while they are frozen."""
+    """Layers are decayed from their first step on, while they train, and not while they are
+    frozen."""
     compare(perceptron(), mode, at, script)
 
 
 @pytest.mark.parametrize("old", ["lives", "is gone", "has the same lr"])
 def test_another_optimizer_than_the_one_given(old: str) -> None:
-    """Decay in the backward reads the lr of the optimizer given; if the step has another lr, that is an error."""
+    """Decay in the backward reads the lr of the optimizer given; if the step has another lr, that
+    is an error."""
     model, twin = twins(perceptron())
     given: Any = AdamW(
         model.parameters(), lr=0.001 if old == "has the same lr" else LR, weight_decay=0
@@ -99,7 +103,8 @@ def test_another_optimizer_than_the_one_given(old: str) -> None:
 @MODES
 @pytest.mark.parametrize("to_none", [True, False])
 def test_frozen_again_in_mid_run(mode: str, at: str, to_none: bool) -> None:
-    """torch.optim decays a parameter that has a gradient, be it zero, and none that has none; so do we."""
+    """torch.optim decays a parameter that has a gradient, be it zero, and none that has none; so
+    do we."""
 
     def script(model: nn.Module, optimize: Optimize) -> None:
         optimizer = optimize(model)
@@ -147,7 +152,8 @@ def assign_a_parameter(model: nn.Module) -> None:
 def test_parameters_that_come_later(
     when: str, change: Callable[[nn.Module], None], mode: str, at: str
 ) -> None:
-    """A new head, new tensors in old places: decayed from their first step on, by an optimizer that is new too."""
+    """A new head, new tensors in old places: decayed from their first step on, by an optimizer
+    that is new too."""
 
     def script(model: nn.Module, optimize: Optimize) -> None:
         if when == "trained":
@@ -160,7 +166,8 @@ def test_parameters_that_come_later(
 
 
 def test_replaced_parameters_with_the_old_optimizer() -> None:
-    """torch steps the old ones, which get no gradient any more: nothing trains, and nothing is decayed."""
+    """torch steps the old ones, which get no gradient any more: nothing trains, and nothing is
+    decayed."""
     model = perceptron()
     optimizer = SGD(model.parameters(), lr=LR)
     with wdhook.attach(model, λ):
@@ -225,7 +232,8 @@ def lazy() -> nn.Module:
 @MODES
 @pytest.mark.parametrize("first", ["optimizer", "dry run"])
 def test_lazy_modules_materialised_after_attach(first: str, mode: str, at: str) -> None:
-    """Their first forward pass makes them; they are decayed from their first step on, whichever came first."""
+    """Their first forward pass makes them; they are decayed from their first step on, whichever
+    came first."""
 
     def script(model: nn.Module, optimize: Optimize) -> None:
         torch.manual_seed(7)

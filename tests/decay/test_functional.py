@@ -1,4 +1,5 @@
-"""torch.func, saved tensors that go elsewhere, and backward passes in threads: who gets a decay, and who does not."""
+"""torch.func, saved tensors that go elsewhere, and backward passes in threads: who gets a decay,
+and who does not."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def test_functional_call_with_the_models_own_parameters(mode: str, at: str) -> N
 
 @MODES
 def test_functional_call_with_other_tensors(mode: str, at: str) -> None:
-    """Tensors that stand in for the parameters are not the model's: nothing of ours happens, to either."""
+    """Tensors that stand in for the parameters are not the model's: nothing of ours happens, to
+    either."""
     model = perceptron()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     others = {name: p.clone().requires_grad_() for name, p in before.items()}
@@ -77,7 +79,8 @@ def test_functional_call_with_other_tensors(mode: str, at: str) -> None:
 
 @AT
 def test_torch_func_grad_accumulates_nothing(at: str) -> None:
-    """A transform gives gradients away: they hold no decay; assigned by hand, they are decayed at the step."""
+    """A transform gives gradients away: they hold no decay; assigned by hand, they are decayed at
+    the step."""
     model, twin = twins(perceptron())
     optimizer = SGD(model.parameters(), lr=LR)
     with wdhook.attach(model, λ, at=at):
@@ -92,7 +95,8 @@ def test_torch_func_grad_accumulates_nothing(at: str) -> None:
             optimizer.step()
             zero(model, to_none=True)
     train(twin, SGD(own_groups(twin), lr=LR), batches(twin, 5))
-    # The gradient of a transform may be summed in another order: five steps of some units in the last place below 1.
+    # The gradient of a transform may be summed in another order: five steps of some units in the
+    # last place below 1.
     assert_close(model.state_dict(), twin.state_dict(), 1e-6)
 
 
@@ -104,7 +108,8 @@ def ensemble(models: list[nn.Module], batch: Tensor) -> dict[str, Tensor]:
 
 
 def test_an_ensemble_under_vmap_is_left_alone() -> None:
-    """Stacked copies are not the parameters: the gradients of an ensemble are those of models without wdhook."""
+    """Stacked copies are not the parameters: the gradients of an ensemble are those of models
+    without wdhook."""
     models = [perceptron(seed=seed) for seed in range(3)]
     batch = batches(models[0], 1)[0]
     expected = ensemble(models, batch)
@@ -120,7 +125,8 @@ def test_an_ensemble_under_vmap_is_left_alone() -> None:
 
 @AT
 def test_the_inner_steps_of_maml_are_not_decayed_and_the_outer_one_is(at: str) -> None:
-    """Fast weights are made from the parameters and are no parameters; the meta-gradient that reaches these is."""
+    """Fast weights are made from the parameters and are no parameters; the meta-gradient that
+    reaches these is."""
 
     def meta_loss(model: nn.Module, batch: Tensor) -> Tensor:
         params = dict(model.named_parameters())
@@ -171,7 +177,8 @@ WAYS = ["offloaded", "reentrant", "not reentrant"]
 @pytest.mark.parametrize("way", WAYS)
 @MODES
 def test_saved_tensors_that_go_elsewhere(mode: str, at: str, way: str) -> None:
-    """`save_on_cpu`, and `checkpoint_sequential` of both kinds; also while the hook shrinks parameters."""
+    """`save_on_cpu`, and `checkpoint_sequential` of both kinds; also while the hook shrinks
+    parameters."""
     model, twin = twins(Offloaded(perceptron(torch.float64), way))
     optimizer = plain(mode)(model)
     with wdhook.attach(model, λ, mode=mode, at=at, optimizer=optimizer):
@@ -197,7 +204,8 @@ def test_saved_tensors_that_go_elsewhere_accumulated(way: str, to_none: bool) ->
 
 @OLD_CHECKPOINT
 def test_a_layer_shared_by_reentrant_segments_is_loud_where_the_hook_shrinks_it() -> None:
-    """The backward of one nested segment shrinks what the next one reads: decayed once, and a warning names at="step"."""
+    """The backward of one nested segment shrinks what the next one reads: decayed once, and a
+    warning names at="step"."""
     shared = nn.Linear(4, 4)
     layers = [
         shared,
@@ -275,7 +283,8 @@ def test_two_models_trained_in_two_threads(mode: str, at: str) -> None:
 
 @pytest.mark.parametrize("at", ["step", "backward, one at a time"])
 def test_two_threads_on_one_model(at: str) -> None:
-    """Micro-batches in threads: at "step" there is one decay for them all; at "backward" they have to take turns."""
+    """Micro-batches in threads: at "step" there is one decay for them all; at "backward" they have
+    to take turns."""
     model, twin = twins(perceptron(torch.float64))
     optimizer, own = SGD(model.parameters(), lr=LR), SGD(own_groups(twin), lr=LR)
     turn = threading.Lock()
@@ -308,7 +317,8 @@ def test_two_threads_on_one_model(at: str) -> None:
 
 @MODES
 def test_a_model_made_under_inference_mode(mode: str, at: str) -> None:
-    """torch gives such weights no gradient, and refuses to step: nothing is decayed, and they stay as they were."""
+    """torch gives such weights no gradient, and refuses to step: nothing is decayed, and they stay
+    as they were."""
     with torch.inference_mode():
         model = nn.Linear(4, 2)
         before = model.weight.clone()

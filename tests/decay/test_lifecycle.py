@@ -84,7 +84,8 @@ def test_others_hooks_stay() -> None:
 
 
 def test_our_hook_comes_first() -> None:
-    """Whoever registered before us sees the decayed gradient. If torch renames what we reorder, this fails."""
+    """Whoever registered before us sees the decayed gradient. If torch renames what we reorder,
+    this fails."""
     model = nn.Linear(2, 1, bias=False)
     seen: list[torch.Tensor] = []
     model.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
@@ -126,7 +127,8 @@ def test_an_attached_model_can_be_collected(at: str, keep: bool) -> None:
 
 @pytest.mark.parametrize(("at", "steps_before"), [("backward", 0), ("backward", 1), ("step", 1)])
 def test_parameters_that_outlive_their_modules(at: str, steps_before: int) -> None:
-    """Functional code and exported graphs may share parameters whose modules are gone: they are decayed on."""
+    """Functional code and exported graphs may share parameters whose modules are gone: they are
+    decayed on."""
     ends = []
     for own in (0.0, λ):
         model = perceptron(seed=3)
@@ -168,7 +170,8 @@ def test_a_handle_that_is_thrown_away_decays_on() -> None:
 
 
 def test_a_container_made_for_the_call_may_die() -> None:
-    """attach(nn.ModuleList([a, b]), λ) goes on with a and b, also with parameters replaced since."""
+    """attach(nn.ModuleList([a, b]), λ) goes on with a and b, also with parameters replaced
+    since."""
     model, twin = twins(perceptron())
     wdhook.attach(nn.ModuleList(model), λ)
     gc.collect()
@@ -180,7 +183,8 @@ def test_a_container_made_for_the_call_may_die() -> None:
 
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_copies_and_pickles_are_detached(at: str) -> None:
-    """A deep copy and a loaded model have no hooks; an attached model that owns its handle can be copied too."""
+    """A deep copy and a loaded model have no hooks; an attached model that owns its handle can be
+    copied too."""
     model = perceptron()
     model.decay = wdhook.attach(model, λ, at=at)
     stream = io.BytesIO()
@@ -203,7 +207,8 @@ def test_copies_and_pickles_are_detached(at: str) -> None:
 
 
 def test_paused() -> None:
-    """Inside paused() nothing is decayed; a gradient made inside and stepped outside is decayed at that step."""
+    """Inside paused() nothing is decayed; a gradient made inside and stepped outside is decayed at
+    that step."""
     model, twin = twins(perceptron())
     optimizer, reference = SGD(model.parameters(), lr=LR), SGD(twin.parameters(), lr=LR)
     decayed = SGD(own_groups(twin), lr=LR)
@@ -230,7 +235,8 @@ def test_paused() -> None:
 @pytest.mark.parametrize("at", ["backward", "step"])
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_a_schedule_of_weight_decay(mode: str, at: str) -> None:
-    """Setting `weight_decay` moves every λ that is not absolute, from the next decay on; it may start at zero."""
+    """Setting `weight_decay` moves every λ that is not absolute, from the next decay on; it may
+    start at zero."""
     kind = SGD if mode == "coupled" else torch.optim.AdamW
     model, twin = twins(perceptron())
     optimizer, reference = (
@@ -340,7 +346,8 @@ def test_moving_and_converting_an_attached_model() -> None:
 
 
 def test_swapping_tensors_of_an_attached_model() -> None:
-    """torch's swap on conversion refuses tensors with weak references: we hold none on parameters."""
+    """torch's swap on conversion refuses tensors with weak references: we hold none on
+    parameters."""
     model, twin = twins(perceptron())
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -358,7 +365,8 @@ def test_swapping_tensors_of_an_attached_model() -> None:
 
 
 def test_weights_of_the_twin_are_what_wdhook_decays() -> None:
-    """The rule of the test models agrees with the plan, so the comparisons compare what they say."""
+    """The rule of the test models agrees with the plan, so the comparisons compare what they
+    say."""
     model = perceptron()
     names = {id(p): n for n, p in model.named_parameters()}
     assert [names[id(w)] for w in weights(model)] == list(wdhook.plan(model, λ).decayed)

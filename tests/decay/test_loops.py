@@ -31,7 +31,8 @@ SGD = torch.optim.SGD
 
 
 def test_a_gan_with_two_optimizers() -> None:
-    """Each optimizer's step ends the windows of its own parameters only; both moments, both orders of zeroing."""
+    """Each optimizer's step ends the windows of its own parameters only; both moments, both orders
+    of zeroing."""
     for at in ("backward", "step"):
         (g, d), (g2, d2) = [(perceptron(seed=1), perceptron(seed=2)) for _ in range(2)]
         for module in (d, d2):
@@ -63,7 +64,8 @@ def test_a_gan_with_two_optimizers() -> None:
 @pytest.mark.parametrize("at", ["backward", "step"])
 @pytest.mark.parametrize("to_none", [True, False])
 def test_lbfgs_sees_the_penalised_gradient_in_each_evaluation(at: str, to_none: bool) -> None:
-    """LBFGS calls its closure many times a step; each gradient holds λ·p of the point where it was taken."""
+    """LBFGS calls its closure many times a step; each gradient holds λ·p of the point where it was
+    taken."""
     model, twin = twins(perceptron(torch.float64))
     batch = batches(model, 1)[0]
 
@@ -82,7 +84,8 @@ def test_lbfgs_sees_the_penalised_gradient_in_each_evaluation(at: str, to_none: 
     with wdhook.attach(model, λ, at=at):
         fit(model, lambda: 0.0)
     fit(twin, lambda: wdhook.l2_penalty(twin, λ))
-    # 15 evaluations in float64; LBFGS divides by curvatures of about 1e-3, which enlarges rounding errors.
+    # 15 evaluations in float64; LBFGS divides by curvatures of about 1e-3, which enlarges rounding
+    # errors.
     assert_close(model.state_dict(), twin.state_dict(), 1e-8)
     with pytest.raises(AssertionError):
         assert_close(model.state_dict(), perceptron(torch.float64).state_dict(), 1e-8)
@@ -112,7 +115,8 @@ def test_decoupled_lbfgs_shrinks_once_per_step() -> None:
 
 
 class SAM(torch.optim.Optimizer):
-    """Sharpness-aware minimization (Foret et al. 2021) as usually written: two passes, an optimizer inside."""
+    """Sharpness-aware minimization (Foret et al. 2021) as usually written: two passes, an
+    optimizer inside."""
 
     def __init__(self, params: Any, base: Any, rho: float = 0.05, **kwargs: Any) -> None:
         super().__init__(params, {"rho": rho, **kwargs})
@@ -146,7 +150,8 @@ class SAM(torch.optim.Optimizer):
 @pytest.mark.parametrize("by_closure", [True, False])
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_sam_at_step_equals_the_decay_of_its_base_optimizer(mode: str, by_closure: bool) -> None:
-    """The optimizer inside takes the real step: there the decay happens, on the restored parameters."""
+    """The optimizer inside takes the real step: there the decay happens, on the restored
+    parameters."""
     kind = SGD if mode == "coupled" else torch.optim.AdamW
 
     def play(m: nn.Module, optimizer: SAM) -> None:
@@ -187,7 +192,8 @@ def test_sam_at_backward_equals_a_penalty_in_both_losses() -> None:
 
 
 class Centralised(SGD):
-    """A subclass that changes its gradients and calls the step of its base: two steps to the hooks of torch."""
+    """A subclass that changes its gradients and calls the step of its base: two steps to the hooks
+    of torch."""
 
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
@@ -216,7 +222,8 @@ def test_a_step_within_a_step_decays_once(at: str) -> None:
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_a_gradient_that_is_stepped_twice(at: str, clip: bool) -> None:
-    """Two steps on one gradient (two optimizers, say) read the decay that is in it: once, not twice."""
+    """Two steps on one gradient (two optimizers, say) read the decay that is in it: once, not
+    twice."""
     model, twin = twins(perceptron())
 
     def play(m: nn.Module, penalised: bool) -> None:
@@ -245,7 +252,8 @@ def test_a_gradient_that_is_stepped_twice(at: str, clip: bool) -> None:
 
 
 def test_a_step_that_raised_does_not_cost_the_next_its_decay() -> None:
-    """After an exception in a step the next gradients are decayed; the same gradients, tried again, are not twice."""
+    """After an exception in a step the next gradients are decayed; the same gradients, tried
+    again, are not twice."""
 
     class Fragile(SGD):
         broken = False
@@ -297,7 +305,8 @@ def test_a_retained_graph_accumulates_one_decay() -> None:
 
 
 def test_a_retained_graph_with_decoupled_decay_is_an_error_of_autograd() -> None:
-    """The hook changes parameters that the graph still needs: autograd sees it, since we never use `.data`."""
+    """The hook changes parameters that the graph still needs: autograd sees it, since we never use
+    `.data`."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     with wdhook.attach(model, λ, mode="decoupled", lr=LR):
         loss = model(torch.ones(1, 3)).sum()
@@ -309,7 +318,8 @@ def test_a_retained_graph_with_decoupled_decay_is_an_error_of_autograd() -> None
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_create_graph_once_and_accumulated(mode: str) -> None:
-    """Under create_graph=True gradients are made out of place; the decay is in them once all the same."""
+    """Under create_graph=True gradients are made out of place; the decay is in them once all the
+    same."""
     model, twin = twins(perceptron(torch.float64))
     first, second = batches(model, 2)
     arguments = {"lr": LR} if mode == "decoupled" else {}
@@ -372,7 +382,8 @@ class Checkpointed(nn.Module):
 def test_activation_checkpointing_with_a_shared_layer(
     reentrant: bool, to_none: bool, at: str
 ) -> None:
-    """Reentrant checkpointing calls the hook of a shared parameter once per segment; it is decayed once."""
+    """Reentrant checkpointing calls the hook of a shared parameter once per segment; it is decayed
+    once."""
     model, twin = twins(Checkpointed(reentrant).double())
     with wdhook.attach(model, λ, at=at):
         train(model, SGD(model.parameters(), lr=LR), batches(model, 6), micro=2, to_none=to_none)
@@ -401,7 +412,8 @@ def test_a_skipped_step_with_checkpointing(reentrant: bool) -> None:
 
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_frozen_then_trained(at: str) -> None:
-    """Parameters unfrozen after `attach` are decayed from their first step on; frozen ones are left alone."""
+    """Parameters unfrozen after `attach` are decayed from their first step on; frozen ones are
+    left alone."""
     model, twin = twins(perceptron())
 
     def play(m: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -422,7 +434,8 @@ def test_frozen_then_trained(at: str) -> None:
 
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_replaced_and_added_parameters(at: str) -> None:
-    """What `load_state_dict(assign=True)` put in place, and a head added later, is found at the step."""
+    """What `load_state_dict(assign=True)` put in place, and a head added later, is found at the
+    step."""
     model, twin = twins(perceptron())
     handle = wdhook.attach(model, λ, at=at)
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
@@ -439,7 +452,8 @@ def test_replaced_and_added_parameters(at: str) -> None:
 
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_a_model_that_changed_needs_no_match_for_its_overrides(at: str) -> None:
-    """A selector that matched when attached, and matches nothing in the changed model, is no error at the step."""
+    """A selector that matched when attached, and matches nothing in the changed model, is no error
+    at the step."""
     model = perceptron()
     with wdhook.attach(model, λ, at=at, overrides={"5.*": 0.0}) as handle:
         model[5] = nn.ModuleDict({"head": nn.Linear(5, 2)})
@@ -454,7 +468,8 @@ def test_a_model_that_changed_needs_no_match_for_its_overrides(at: str) -> None:
 
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_an_exemption_survives_a_parametrization(at: str) -> None:
-    """A weight that was exempt, or has an absolute λ, keeps that when a parametrization renames it."""
+    """A weight that was exempt, or has an absolute λ, keeps that when a parametrization renames
+    it."""
     model = perceptron()
     with wdhook.attach(model, λ, at=at, overrides={"0.weight": 0.0, "3.weight": 0.25}) as handle:
         for layer in (0, 3, 5):
@@ -498,7 +513,8 @@ def test_a_gradient_replaced_after_its_decay_is_taken_as_derived() -> None:
 
 
 def test_decoupled_in_the_backward_warns_of_accumulation_once() -> None:
-    """The second micro-batch sees changed parameters: decayed once, and a warning names at="step"."""
+    """The second micro-batch sees changed parameters: decayed once, and a warning names
+    at="step"."""
     model = perceptron()
     before = [w.detach().clone() for w in weights(model)]
     first, second, third = batches(model, 3)

@@ -1,4 +1,5 @@
-"""An attack on the promise: hypothesis mixes the events of training loops, and a slow twin keeps the books."""
+"""An attack on the promise: hypothesis mixes the events of training loops, and a slow twin keeps
+the books."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ import wdhook
 from wdhook._decay import passes, rate, steps, tensors, window
 from wdhook._decay.rules import base as rules
 
-# A long run: WDHOOK_EXAMPLES=20000 python -m pytest tests/decay/test_machine.py -k mix --hypothesis-seed=1
+# A long run: WDHOOK_EXAMPLES=20000 python -m pytest tests/decay/test_machine.py -k mix
+# --hypothesis-seed=1
 EXAMPLES = int(os.environ.get("WDHOOK_EXAMPLES", "0"))
 RUNS = {"max_examples": EXAMPLES or 100, "stateful_step_count": 25, "derandomize": not EXAMPLES}
 PROFILE = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), **RUNS)
@@ -53,7 +55,8 @@ ITERATIONS = {
 
 
 class Machine(RuleBasedStateMachine):
-    """Each rule is an event in both worlds; after each, parameters, gradients and buffers are the same bits."""
+    """Each rule is an event in both worlds; after each, parameters, gradients and buffers are the
+    same bits."""
 
     @initialize(config=CONFIGS)
     def start(self, config: Config) -> None:
@@ -126,8 +129,8 @@ class Machine(RuleBasedStateMachine):
     @rule(batch=BATCHES, reach=REACHES)
     def backward(self, batch: int, reach: str, how: str = "plain") -> None:
         accounts = self.twin.accounts.values()
-        # Each is judged by its neighbours, who may have fared otherwise; and to add to a gradient that was put there
-        # is refused by the step, as test_rules shows.
+        # Each is judged by its neighbours, who may have fared otherwise; and to add to a gradient
+        # that was put there is refused by the step, as test_rules shows.
         if self.twin.is_mixed() or any(account.derived for account in accounts):
             self.zero(None, True)
         self.do(lambda world: world.backward(batch, reach, how))
@@ -175,7 +178,8 @@ class Machine(RuleBasedStateMachine):
     def iterate(
         self, batch: int, reach: list[str], clip: str | None, to_none: bool, how: str = "plain"
     ) -> None:
-        """The loop that everybody writes; with an overflow in the last of the micro-batches, perhaps."""
+        """The loop that everybody writes; with an overflow in the last of the micro-batches,
+        perhaps."""
         self.accumulate(batch, reach, clip, to_none, how)
         if self.twin.scaler is not None:
             self.scaled_step([0, -1], clip == "last")
@@ -240,7 +244,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(batch=BATCHES, copied=st.booleans())
     def look_elsewhere(self, batch: int, copied: bool) -> None:
-        """autograd.grad accumulates nothing; a copy of the model has no hooks, and its steps are none of ours."""
+        """autograd.grad accumulates nothing; a copy of the model has no hooks, and its steps are
+        none of ours."""
         model = copy.deepcopy(self.subject.model) if copied else self.subject.model
         model.eval()
         loss = model(torch.full((4, 4), float(batch)).to(model.mix), "both", False).sum()
@@ -356,7 +361,8 @@ def assert_same(
 
 
 def test_any_mix_of_events() -> None:
-    """No mix of events makes a decay happen twice or not at all, or a warning that is not promised."""
+    """No mix of events makes a decay happen twice or not at all, or a warning that is not
+    promised."""
     run_state_machine_as_test(Machine, settings=PROFILE)
 
 

@@ -30,7 +30,8 @@ SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 @pytest.mark.parametrize("foreach", [None, True, False])
 @pytest.mark.parametrize("how", ["coupled", "lr", "function", "optimizer"])
 def test_once_right_after_the_backward(how: str, foreach: bool | None) -> None:
-    """One call per step equals param groups bit for bit, coupled and (by lr or by the optimizer) decoupled."""
+    """One call per step equals param groups bit for bit, coupled and (by lr or by the optimizer)
+    decoupled."""
     kind = SGD if how == "coupled" else AdamW
     model, twin = twins(convnet())
     optimizer = kind(model.parameters(), lr=LR, weight_decay=0)
@@ -54,7 +55,8 @@ def test_once_right_after_the_backward(how: str, foreach: bool | None) -> None:
 
 
 def test_maximize_turns_the_sign() -> None:
-    """With the optimizer given, a gradient that will be negated gets the decay with the other sign."""
+    """With the optimizer given, a gradient that will be negated gets the decay with the other
+    sign."""
     model = nn.Linear(2, 1, bias=False)
     model(torch.zeros(1, 2)).sum().backward()
     wdhook.apply_weight_decay(
@@ -75,7 +77,8 @@ def test_a_later_failure_changes_nothing() -> None:
 
 
 def test_several_modules_share_a_parameter() -> None:
-    """A parameter of two of the modules is decayed once; overrides and sparse gradients work as elsewhere."""
+    """A parameter of two of the modules is decayed once; overrides and sparse gradients work as
+    elsewhere."""
     one, two = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
     two.weight = one.weight
     table = nn.Embedding(3, 2, sparse=True)
@@ -139,7 +142,8 @@ ADOPTED: list[tuple[Any, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("kind", "arguments", "mode"), ADOPTED)
 def test_adopt_takes_over(kind: Any, arguments: dict[str, Any], mode: str) -> None:
-    """λ is read from the groups, set to 0 there and in the defaults; from then on weights alone are decayed."""
+    """λ is read from the groups, set to 0 there and in the defaults; from then on weights alone
+    are decayed."""
     model, twin = twins(convnet())
     optimizer = kind(model.parameters(), weight_decay=λ, **arguments)
     handle = wdhook.adopt(model, optimizer)

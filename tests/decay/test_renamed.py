@@ -64,7 +64,8 @@ def groups_by_name(model: nn.Module) -> list[dict[str, Any]]:
 @CHANGED
 @MODES
 def test_changed_after_attach_and_changed_back(mode: str, at: str, name: str) -> None:
-    """What carries the weight is decayed, under its new name and again under the old one; magnitudes are not."""
+    """What carries the weight is decayed, under its new name and again under the old one;
+    magnitudes are not."""
     changes = tuple(every_layer(change) for change in CHANGES[name])
     model, twin = twins(perceptron())
     with attached(model, mode, at):
@@ -103,7 +104,8 @@ OVERRIDES = {"0.weight": 0.0, "3.weight": 0.25}
 @CHANGED
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_an_exemption_and_an_absolute_λ_survive_new_names(at: str, name: str) -> None:
-    """A name in `overrides` goes on to mean its parameter when something renames it; so does a schedule's λ."""
+    """A name in `overrides` goes on to mean its parameter when something renames it; so does a
+    schedule's λ."""
     change, back = (every_layer(change) for change in CHANGES[name])
     model = perceptron()
     with wdhook.attach(model, λ, at=at, overrides=OVERRIDES) as handle:
@@ -118,7 +120,8 @@ def test_an_exemption_and_an_absolute_λ_survive_new_names(at: str, name: str) -
 @CHANGED
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_an_exemption_survives_the_way_back(at: str, name: str) -> None:
-    """So it is with a name that was new when `attach` saw it, and goes when the change is undone."""
+    """So it is with a name that was new when `attach` saw it, and goes when the change is
+    undone."""
     change, back = (every_layer(change) for change in CHANGES[name])
     model = perceptron()
     change(model)
@@ -131,7 +134,8 @@ def test_an_exemption_survives_the_way_back(at: str, name: str) -> None:
 
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_a_container_that_died_and_modules_that_came_later(at: str) -> None:
-    """attach(nn.ModuleList([a, b]), λ): layers and parametrizations that a and b get later are found all the same."""
+    """attach(nn.ModuleList([a, b]), λ): layers and parametrizations that a and b get later are
+    found all the same."""
     body, head = nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 2)
     container = nn.ModuleList([body, head])
     wdhook.attach(container, λ, mode="decoupled", at=at, lr=LR, overrides={"1.weight": 0.25})

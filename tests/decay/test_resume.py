@@ -1,4 +1,5 @@
-"""Save, load in a new process, go on: bit for bit the run that was never interrupted, and that never knew wdhook."""
+"""Save, load in a new process, go on: bit for bit the run that was never interrupted, and that
+never knew wdhook."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 class Run:
-    """All that a script has, saves and loads: with wdhook, or (own) with the decay of torch.optim or by hand."""
+    """All that a script has, saves and loads: with wdhook, or (own) with the decay of torch.optim
+    or by hand."""
 
     def __init__(self, name: str, own: bool = False, seed: int = 0) -> None:
         case = {"mode": "coupled", "options": {}, "scaled": False, "split": False, **CASES[name]}
@@ -117,7 +119,8 @@ class Run:
             self.λ = self.handle.weight_decay
 
     def go(self, steps: range) -> None:
-        """Train, with a schedule of the learning rate and one of λ that goes on from the λ that there is."""
+        """Train, with a schedule of the learning rate and one of λ that goes on from the λ that
+        there is."""
         for i in steps:
             self.λ *= 1.05
             self._set_λ()
@@ -128,7 +131,8 @@ class Run:
             self.scaler.scale(loss * factor).backward()
             for index, optimizer in enumerate(self.optimizers):
                 if index == 0 and len(self.optimizers) == 2 and i % 4:
-                    continue  # the first one steps seldom, so another one comes first after the checkpoint
+                    # the first one steps seldom, so another one comes first after the checkpoint
+                    continue
                 self._decay_by_hand(index)
                 self.scaler.step(optimizer)
             self.scaler.update()
@@ -203,7 +207,8 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ten
 def test_10_steps_and_10_in_a_new_process_are_20(
     name: str, resumed: dict[str, dict[str, Tensor]]
 ) -> None:
-    """With schedules of lr and λ and a GradScaler, against torch.optim's own decay (independent: by hand)."""
+    """With schedules of lr and λ and a GradScaler, against torch.optim's own decay (independent:
+    by hand)."""
     reference = Run(name, own=True)
     reference.go(range(STEPS))
     assert_bit_equal(resumed[name], reference.model.state_dict())
@@ -211,7 +216,8 @@ def test_10_steps_and_10_in_a_new_process_are_20(
 
 @pytest.mark.parametrize("name", ["coupled, scaler", "independent"])
 def test_the_handle_has_to_be_loaded(name: str) -> None:
-    """Without its state λ starts again, and so does the peak of the learning rate: the comparison above can fail."""
+    """Without its state λ starts again, and so does the peak of the learning rate: the comparison
+    above can fail."""
     run = Run(name)
     run.go(range(HALF))
     state = checkpointed(run.state())
@@ -226,7 +232,8 @@ def test_the_handle_has_to_be_loaded(name: str) -> None:
 
 
 def test_a_state_is_plain_numbers() -> None:
-    """Numbers of other libraries, as schedules compute them, do not get into a checkpoint; tensors stay tensors."""
+    """Numbers of other libraries, as schedules compute them, do not get into a checkpoint; tensors
+    stay tensors."""
     numpy = pytest.importorskip("numpy")
     for lr in (numpy.float64(0.25), torch.tensor(0.25)):
         model = perceptron()
@@ -272,7 +279,8 @@ def own_checkpoint() -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
 
 @pytest.mark.parametrize("way", ["set it to 0", "adopt"])
 def test_both_ways_out_of_a_checkpoint_that_decays(way: str) -> None:
-    """A checkpoint brings weight_decay back: the error names two ways out, and either goes on as torch.optim would."""
+    """A checkpoint brings weight_decay back: the error names two ways out, and either goes on as
+    torch.optim would."""
     twin, reference, state = own_checkpoint()
     model = perceptron(seed=9)
     optimizer = AdamW(own_groups(model, 0.0), lr=LR)
@@ -297,7 +305,8 @@ def test_both_ways_out_of_a_checkpoint_that_decays(way: str) -> None:
 
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_a_checkpoint_between_two_micro_batches(at: str) -> None:
-    """Gradients are in no checkpoint: the first step after it has those of the rest alone, and one decay."""
+    """Gradients are in no checkpoint: the first step after it has those of the rest alone, and one
+    decay."""
     model, twin = twins(perceptron())
     first, second = batches(model, 2)
     with wdhook.attach(model, λ, at=at):
@@ -315,7 +324,8 @@ def test_a_checkpoint_between_two_micro_batches(at: str) -> None:
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_back_to_a_checkpoint_in_mid_step(at: str, mode: str) -> None:
-    """Loading it all after a backward pass (the loss was not finite, say): the parameters of then are decayed again."""
+    """Loading it all after a backward pass (the loss was not finite, say): the parameters of then
+    are decayed again."""
     model = perceptron()
     batch = batches(model, 1)[0]
     optimizer = SGD(model.parameters(), lr=LR)
@@ -330,7 +340,8 @@ def test_back_to_a_checkpoint_in_mid_step(at: str, mode: str) -> None:
     before = perceptron()
     for weight, other in zip(weights(model), weights(before), strict=True):
         expected = other * (1 - LR * λ) if mode == "decoupled" else other - LR * (λ * other)
-        # Coupled: lr·(λ·p) is subtracted in one rounding or two, half a unit in the last place of numbers below 1.
+        # Coupled: lr·(λ·p) is subtracted in one rounding or two, half a unit in the last place of
+        # numbers below 1.
         assert (weight - expected).abs().max() <= (0.0 if mode == "decoupled" else 2**-24)
 
 

@@ -51,7 +51,8 @@ def play(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, **loop
 @pytest.mark.parametrize("at", ["backward", "step"])
 @pytest.mark.parametrize("enabled", [True, False], ids=["scaled", "disabled"])
 def test_scaled_with_skipped_steps(at: str, clip: str | None, to_none: bool, enabled: bool) -> None:
-    """S·λ·p is added to scaled gradients; skipped steps, growth and un-scaling change no bit of the result."""
+    """S·λ·p is added to scaled gradients; skipped steps, growth and un-scaling change no bit of
+    the result."""
     # A disabled scaler skips nothing.
     loop = {
         "micro": 1,
@@ -71,7 +72,8 @@ def test_scaled_with_skipped_steps(at: str, clip: str | None, to_none: bool, ena
 
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_accumulated_and_clipped_at_step(mode: str) -> None:
-    """At "step" the decay comes after accumulation, un-scaling and clipping, and not at all for a skipped step."""
+    """At "step" the decay comes after accumulation, un-scaling and clipping, and not at all for a
+    skipped step."""
     kind = SGD if mode == "coupled" else AdamW
     loop = {"micro": 2, "clip": "hard", "to_none": True, "overflows": {2, 7}}
     model, twin = twins(perceptron())
@@ -107,12 +109,15 @@ def test_fused_optimizers(kind: Any, mode: str, at: str, clip: str | None, micro
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     with wdhook.attach(model, λ, mode=mode, at=at, scaler=scaler if mode == "coupled" else None):
         play(model, kind(model.parameters(), lr=LR, weight_decay=0, fused=True), scaler, **loop)
-    # The reference is not fused: the kernel of fused AdamW subtracts lr·λ·p where the others multiply.
+    # The reference is not fused: the kernel of fused AdamW subtracts lr·λ·p where the others
+    # multiply.
     play(
         twin, kind(own_groups(twin), lr=LR), torch.amp.GradScaler("cpu", init_scale=1024.0), **loop
     )
-    # The fused kernels, and the hook between two micro-batches, order a few float64 operations differently: 14 steps
-    # of some units in the last place (1e-16), and Adam divides by roots of second moments near 1e-3.
+    # The fused kernels, and the hook between two micro-batches, order a few float64 operations
+    # differently: 14 steps
+    # of some units in the last place (1e-16), and Adam divides by roots of second moments near
+    # 1e-3.
     assert_close(model.state_dict(), twin.state_dict(), 1e-12)
 
 
@@ -128,7 +133,8 @@ def test_the_fused_test_can_fail() -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_decoupled_in_the_backward_once_per_step_that_is_taken(fused: bool) -> None:
-    """A step that overflowed does not end the window: parameters shrink once for the step that comes after it."""
+    """A step that overflowed does not end the window: parameters shrink once for the step that
+    comes after it."""
     model = perceptron()
     before = [w.detach().clone() for w in weights(model)]
     optimizer = SGD(model.parameters(), lr=LR, fused=fused)
@@ -146,7 +152,8 @@ def test_decoupled_in_the_backward_once_per_step_that_is_taken(fused: bool) -> N
 
 
 def test_no_decay_of_a_step_that_overflowed() -> None:
-    """With found_inf set, decoupled decay before a fused step multiplies by one: to the last bit."""
+    """With found_inf set, decoupled decay before a fused step multiplies by one: to the last
+    bit."""
     model = perceptron()
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = AdamW(model.parameters(), lr=LR, weight_decay=0, fused=True)
@@ -178,7 +185,8 @@ def half_precision(
     """Two micro-batches a step in real float16, un-scaled and clipped; the scale after each step.
 
     Args:
-        by_hand: the first micro-batch of a step is followed by S·λ·p on the gradients of the weights.
+        by_hand: the first micro-batch of a step is followed by S·λ·p on the gradients of the
+        weights.
     """
     scales = []
     for i, batch in enumerate(batches(model, 60)):
@@ -201,7 +209,8 @@ def half_precision(
 
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_a_scale_that_grows_and_shrinks(at: str) -> None:
-    """float16 under autocast overflows by itself, again and again; accumulated, un-scaled and clipped all the same."""
+    """float16 under autocast overflows by itself, again and again; accumulated, un-scaled and
+    clipped all the same."""
     model, twin = twins(perceptron())
     scaler, own = (torch.amp.GradScaler("cpu", growth_interval=2) for _ in range(2))
     with wdhook.attach(model, λ, at=at, scaler=scaler if at == "backward" else None):
@@ -216,7 +225,8 @@ def test_a_scale_that_grows_and_shrinks(at: str) -> None:
 
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_a_scale_that_is_no_power_of_two(at: str) -> None:
-    """Growth by 1.7 and back-off by 0.3: only the rounding of 1/S to float32 is in the decay too."""
+    """Growth by 1.7 and back-off by 0.3: only the rounding of 1/S to float32 is in the decay
+    too."""
     loop = {"micro": 1, "clip": "soft", "to_none": True, "overflows": {3, 4, 9}}
     arguments = {
         "init_scale": 1000.0,
@@ -229,9 +239,10 @@ def test_a_scale_that_is_no_power_of_two(at: str) -> None:
     with wdhook.attach(model, λ, at=at, scaler=scaler):
         play(model, SGD(model.parameters(), lr=LR), scaler, **loop)
     play(twin, SGD(own_groups(twin), lr=LR), torch.amp.GradScaler("cpu", **arguments), **loop)
-    # Un-scaling multiplies with 1/S in float32, off by at most 2**-24 of it. So each of 11 steps may add
-    # lr·λ·|p|·2**-24, with |p| < 1, to what differs; the gradients of this loss do not make that grow tenfold.
-    # At "step" the decay comes after un-scaling, and no bit differs.
+    # Un-scaling multiplies with 1/S in float32, off by at most 2**-24 of it. So each of 11 steps
+    # may add
+    # lr·λ·|p|·2**-24, with |p| < 1, to what differs; the gradients of this loss do not make that
+    # grow tenfold. At "step" the decay comes after un-scaling, and no bit differs.
     assert_close(
         model.state_dict(), twin.state_dict(), 0.0 if at == "step" else 10 * 11 * LR * λ * 2**-24
     )
@@ -239,7 +250,8 @@ def test_a_scale_that_is_no_power_of_two(at: str) -> None:
 
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_several_optimizers_with_one_scaler(at: str) -> None:
-    """The scaler skips the step of one optimizer and takes that of the other: each ends its own windows."""
+    """The scaler skips the step of one optimizer and takes that of the other: each ends its own
+    windows."""
 
     def run(
         model: nn.Module, first: torch.optim.Optimizer, second: torch.optim.Optimizer, scaler: Any
@@ -269,7 +281,8 @@ def test_several_optimizers_with_one_scaler(at: str) -> None:
 
 @pytest.mark.parametrize("given", [True, False])
 def test_a_disabled_scaler_need_not_be_given(given: bool) -> None:
-    """GradScaler(enabled=False), as scripts write it for float32 and bfloat16, scales nothing: given or not."""
+    """GradScaler(enabled=False), as scripts write it for float32 and bfloat16, scales nothing:
+    given or not."""
     loop = {"micro": 1, "clip": None, "to_none": True, "overflows": set()}
     model, twin = twins(perceptron())
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -280,7 +293,8 @@ def test_a_disabled_scaler_need_not_be_given(given: bool) -> None:
 
 
 def test_an_optimizer_that_was_told_the_scale_by_hand() -> None:
-    """`grad_scale` on a fused optimizer, without a GradScaler: an error at "backward", and right at "step"."""
+    """`grad_scale` on a fused optimizer, without a GradScaler: an error at "backward", and right
+    at "step"."""
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, scale: float) -> None:
         (loss_of(model, batches(model, 1)[0]) * scale).backward()

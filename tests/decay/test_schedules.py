@@ -1,4 +1,5 @@
-"""λ as a function of the step: by the steps of the optimizer that owns a parameter, and on after a resume."""
+"""λ as a function of the step: by the steps of the optimizer that owns a parameter, and on after a
+resume."""
 
 from __future__ import annotations
 
@@ -99,7 +100,8 @@ def test_schedules_can_be_pickled_and_read() -> None:
 def test_equals_a_weight_decay_that_is_set_by_hand(
     kind: Any, how: dict[str, str], micro: int
 ) -> None:
-    """Bit for bit the optimizer's own decay, whose param group gets the λ of each step before it."""
+    """Bit for bit the optimizer's own decay, whose param group gets the λ of each step before
+    it."""
     if micro > 1 and how["at"] == "backward":
         how = {**how, "at": "step"}  # sums of micro-batches in another order are not bit-equal
     ours, own = twins(perceptron())
@@ -179,7 +181,8 @@ def test_a_step_within_a_step_is_one() -> None:
 
 @pytest.mark.parametrize("at", ["step", "backward"])
 def test_a_new_optimizer_goes_on(at: str) -> None:
-    """Gradual unfreezing makes optimizers anew: λ does not begin again, for parameters that were trained before."""
+    """Gradual unfreezing makes optimizers anew: λ does not begin again, for parameters that were
+    trained before."""
     ours, own = twins(perceptron())
     done = 0
     with wdhook.attach(ours, bent, at=at) as handle:
@@ -219,7 +222,8 @@ def test_a_skipped_step_does_not_count(at: str, fused: bool) -> None:
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("at", ["step", "backward"])
 def test_goes_on_after_a_resume(at: str, split: bool) -> None:
-    """Six steps are three, a checkpoint, and three with a new handle and optimizers; also where one steps seldom."""
+    """Six steps are three, a checkpoint, and three with a new handle and optimizers; also where
+    one steps seldom."""
 
     def start(model: Any) -> tuple[list[torch.optim.Optimizer], wdhook.WeightDecay]:
         parts = [model[0], model[2:]] if split else [model]
@@ -260,7 +264,8 @@ def test_goes_on_after_a_resume(at: str, split: bool) -> None:
 
 
 def test_loading_goes_back_too() -> None:
-    """A state of before the first step makes a schedule begin again, in optimizers that have stepped since."""
+    """A state of before the first step makes a schedule begin again, in optimizers that have
+    stepped since."""
     model = perceptron()
     optimizer = SGD(model.parameters(), lr=LR)
     with wdhook.attach(model, bent) as handle:
@@ -307,7 +312,8 @@ def test_a_number_cannot_be_set_over_a_schedule() -> None:
 
 
 def test_a_state_without_steps_is_refused() -> None:
-    """Saved with a number, loaded into a schedule: where it should go on is not known. The other way is a number."""
+    """Saved with a number, loaded into a schedule: where it should go on is not known. The other
+    way is a number."""
     with wdhook.attach(perceptron(), 0.1) as handle:
         numbers = handle.state_dict()
     with wdhook.attach(perceptron(), bent) as handle:
@@ -350,7 +356,8 @@ class Unheard:
 
 
 def test_steps_that_nobody_hears_are_loud() -> None:
-    """A given one is refused; one that was not given is warned of, once, since the schedule would never go on."""
+    """A given one is refused; one that was not given is warned of, once, since the schedule would
+    never go on."""
     model = perceptron()
     with pytest.raises(wdhook.ArgumentError, match="`weight_decay` is a schedule"):
         wdhook.attach(model, bent, optimizer=Unheard(model))  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""Snapshots: the numbers are right, nothing waits before they are read, and training does not notice."""
+"""Snapshots: the numbers are right, nothing waits before they are read, and training does not
+notice."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ import wdhook
 
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 MOMENTS = ("backward", "step")
-# float64: sums of some hundred products, and a difference of two of them, each relative error at most n·2⁻⁵³.
+# float64: sums of some hundred products, and a difference of two of them, each relative error at
+# most n·2⁻⁵³.
 CLOSE = {"rel": 1e-12, "abs": 1e-14}
 
 
@@ -47,7 +49,8 @@ def cosine(p: Tensor, g: Tensor) -> float:
 @pytest.mark.parametrize("at", MOMENTS)
 @pytest.mark.parametrize("seen", [False, True])
 def test_coupled_numbers(at: str, seen: bool) -> None:
-    """Norms, angle and share are those of the loss's own gradient, whether the decay is in it yet or not."""
+    """Norms, angle and share are those of the loss's own gradient, whether the decay is in it yet
+    or not."""
     model, twin = twins(perceptron(torch.float64))
     optimizer = SGD(model.parameters(), lr=LR)
     with wdhook.attach(model, λ, at=at) as handle:
@@ -84,7 +87,8 @@ def test_coupled_numbers(at: str, seen: bool) -> None:
 @pytest.mark.parametrize("at", MOMENTS)
 @pytest.mark.parametrize("mode", ["decoupled", "independent"])
 def test_the_share_of_an_update(mode: str, at: str) -> None:
-    """Decoupled and independent: known once the step is done, and then the decay's part of all that has changed."""
+    """Decoupled and independent: known once the step is done, and then the decay's part of all
+    that has changed."""
     model = perceptron(torch.float64)
     optimizer = AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     with wdhook.attach(model, λ, mode=mode, at=at, optimizer=optimizer) as handle:
@@ -100,7 +104,8 @@ def test_the_share_of_an_update(mode: str, at: str) -> None:
         share = snapshot.to_dict()["groups"]["weight"]["share"]
         factor = λ / 2 if mode == "independent" else λ * LR / 2
         expected = (factor * before).norm() / (flat(weights(model)) - before).norm()
-        # The differences of parameters near 1 are near 1e-2: 2⁻⁵³ of the former is 1e-14 of the latter.
+        # The differences of parameters near 1 are near 1e-2: 2⁻⁵³ of the former is 1e-14 of the
+        # latter.
         assert share == pytest.approx(expected.item(), rel=1e-11)
         kept = snapshot.to_dict()
         train(model, optimizer, batches(model, 1))
@@ -108,7 +113,8 @@ def test_the_share_of_an_update(mode: str, at: str) -> None:
 
 
 def test_an_optimizer_that_is_not_known_yet() -> None:
-    """What the first step of an optimizer that was not given changes is known when it has stepped."""
+    """What the first step of an optimizer that was not given changes is known when it has
+    stepped."""
     model = perceptron()
     optimizer = AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     with wdhook.attach(model, λ, mode="decoupled", at="step") as handle:
@@ -170,7 +176,8 @@ def test_without_gradients() -> None:
 
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_nothing_is_read_before_it_is_asked_for(mode: str) -> None:
-    """Taking a snapshot, and the step that completes it, read no value; the mode above would see it."""
+    """Taking a snapshot, and the step that completes it, read no value; the mode above would see
+    it."""
     model = perceptron()
     optimizer = AdamW(model.parameters(), lr=LR, weight_decay=0.0, foreach=False, capturable=False)
     with wdhook.attach(model, λ, mode=mode, at="step", optimizer=optimizer) as handle:
@@ -221,19 +228,22 @@ def test_a_snapshot_that_is_thrown_away_keeps_nothing() -> None:
 
 
 def test_an_invariant_weight_has_no_angle() -> None:
-    """Before BatchNorm in training mode ⟨w, g⟩ is zero (Euler's identity), up to its eps; behind it, it is not."""
+    """Before BatchNorm in training mode ⟨w, g⟩ is zero (Euler's identity), up to its eps; behind
+    it, it is not."""
     torch.manual_seed(0)  # an angle may be right by chance
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2)).double()
     with wdhook.attach(model, λ) as handle:
         loss_of(model, torch.randn(16, 6, dtype=torch.float64)).backward()
         groups = handle.snapshot(by="name").to_dict()["groups"]
-    # With eps the output of BatchNorm depends on the scale by eps/(var + eps), 1e-5 over a variance near 1/3.
+    # With eps the output of BatchNorm depends on the scale by eps/(var + eps), 1e-5 over a
+    # variance near 1/3.
     assert abs(groups["0.weight"]["cos"]) < 1e-3
     assert abs(groups["3.weight"]["cos"]) > 1e-2
 
 
 def test_sparse_bfloat16_and_complex() -> None:
-    """Odd tensors: rows that a sparse gradient names twice add up, low precision is summed in float32."""
+    """Odd tensors: rows that a sparse gradient names twice add up, low precision is summed in
+    float32."""
     embedding = nn.Embedding(5, 3, sparse=True)
     with wdhook.attach(embedding, λ) as handle:
         embedding(torch.tensor([1, 3, 1])).sum().backward()

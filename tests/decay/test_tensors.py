@@ -1,4 +1,5 @@
-"""Gradients and parameters that are not dense, real and single: sparse, complex, tied, low precision, odd shapes."""
+"""Gradients and parameters that are not dense, real and single: sparse, complex, tied, low
+precision, odd shapes."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def table(seed: int = 0) -> nn.Embedding:
 @pytest.mark.parametrize("at", ["backward", "step"])
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_sparse_gradients_decay_their_rows_once(mode: str, at: str, to_none: bool) -> None:
-    """Rows that a step looked up (twice, or in two micro-batches) are decayed once; the others not at all."""
+    """Rows that a step looked up (twice, or in two micro-batches) are decayed once; the others not
+    at all."""
     model = table()
     before = model.weight.detach().clone()
     optimizer = SGD(model.parameters(), lr=LR)
@@ -50,7 +52,8 @@ def test_sparse_gradients_decay_their_rows_once(mode: str, at: str, to_none: boo
         optimizer.step()
         optimizer.zero_grad(set_to_none=to_none)
     handle.remove()
-    # One product and one difference in float32, which SGD may fuse: a unit in the last place of numbers below 4.
+    # One product and one difference in float32, which SGD may fuse: a unit in the last place of
+    # numbers below 4.
     assert (model.weight - expected).abs().max() <= 2 * 4 * 2**-24
     assert torch.equal(model.weight[[2, 3, 6]], before[[2, 3, 6]])
 
@@ -62,7 +65,8 @@ def _silence() -> object:
 
 
 def test_sparse_and_then_dense() -> None:
-    """Autograd adds a dense gradient to a sparse one in a new buffer, which looks fresh: a warning says so."""
+    """Autograd adds a dense gradient to a sparse one in a new buffer, which looks fresh: a warning
+    says so."""
     model = table()
     with wdhook.attach(model, λ):
         model(torch.tensor([1])).sum().backward()
@@ -154,7 +158,8 @@ def test_tied_parameters_once() -> None:
 
 
 def test_parameters_of_the_root_and_odd_shapes() -> None:
-    """Parameters that the root holds itself, scalars, empty tensors, channels-last and mixed dtypes."""
+    """Parameters that the root holds itself, scalars, empty tensors, channels-last and mixed
+    dtypes."""
 
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -187,7 +192,8 @@ def test_parameters_of_the_root_and_odd_shapes() -> None:
 
 
 def test_one_formula_each() -> None:
-    """Each formula against arithmetic on plain numbers: coupled, decoupled, independent, scaled, skipped."""
+    """Each formula against arithmetic on plain numbers: coupled, decoupled, independent, scaled,
+    skipped."""
     p, g = torch.tensor([2.0, -4.0]), torch.tensor([1.0, 1.0])
     arithmetic.add_(g, p, 0.5)
     assert g.tolist() == [2.0, -1.0]
@@ -208,14 +214,16 @@ def test_one_formula_each() -> None:
 
 
 def test_the_scale_on_another_device_is_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Off the CPU, S·λ·p is computed without a synchronisation, and is equal up to one rounding of λ·p."""
+    """Off the CPU, S·λ·p is computed without a synchronisation, and is equal up to one rounding of
+    λ·p."""
     p, g = torch.randn(100), torch.randn(100)
     expected = g.clone()
     arithmetic.add_(expected, p, 0.1, torch.tensor(1024.0))
     monkeypatch.setattr(arithmetic, "is_on_cpu", lambda scale: False)
     monkeypatch.setattr(Tensor, "item", lambda self: pytest.fail("a synchronisation"))
     arithmetic.add_(g, p, 0.1, torch.tensor(1024.0))
-    # |λ·S·p| < 512, so one more rounding of the product is at most 512 · 2⁻²⁴, and the sum rounds once more.
+    # |λ·S·p| < 512, so one more rounding of the product is at most 512 · 2⁻²⁴, and the sum rounds
+    # once more.
     assert torch.le((g - expected).abs(), 2 * 512 * 2**-24).all()
 
 
@@ -231,7 +239,8 @@ def test_meta_tensors() -> None:
 @pytest.mark.parametrize("at", ["backward", "step"])
 @pytest.mark.parametrize("mode", ["coupled", "decoupled", "independent"])
 def test_a_step_reads_nothing_from_the_device(mode: str, at: str) -> None:
-    """Once what can only be seen in the first steps is checked, neither backward nor step waits for a value."""
+    """Once what can only be seen in the first steps is checked, neither backward nor step waits
+    for a value."""
     model = perceptron()
     optimizer = SGD(model.parameters(), lr=LR, momentum=0.9)
     with wdhook.attach(

@@ -1,4 +1,5 @@
-"""The window as a state machine: every string of events, without a model, by the table of transitions."""
+"""The window as a state machine: every string of events, without a model, by the table of
+transitions."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ BACKWARD, STEP, NONE, ZERO = "bsn0"
 class Machine:
     """A parameter's gradient under events, decayed as a `Window` and the tables say.
 
-    Where the answer is to ask, the machine answers from what really happened, as the engine does from the
-    content of the other gradients.
+    Where the answer is to ask, the machine answers from what really happened, as the engine does
+    from the content of the other gradients.
     """
 
     def __init__(self) -> None:
@@ -72,7 +73,8 @@ class Machine:
 
 
 def oracle(events: str) -> list[float | None]:
-    """What the optimizer reads at each step if ½λ‖p‖² is part of the loss once per step. Numbers only."""
+    """What the optimizer reads at each step if ½λ‖p‖² is part of the loss once per step. Numbers
+    only."""
     read: list[float | None] = []
     grad: float | None = None
     paid = False  # the penalty of this window is in the buffer
@@ -133,7 +135,8 @@ FAULTS = ["never marks", "never closes", "ignores fresh buffers", "pays for each
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_window_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison above fails for a window that forgets, one that never ends and one without identity."""
+    """The comparison above fails for a window that forgets, one that never ends and one without
+    identity."""
     if fault == "never marks":
         monkeypatch.setattr(Window, "pay", lambda self, grad: None)
     elif fault == "never closes":
@@ -169,7 +172,8 @@ def test_a_window_moves_with_its_state() -> None:
 
 
 def test_a_plain_sum_is_told_from_a_change_in_place() -> None:
-    """One change is autograd's own accumulation; more than one is somebody else's, and is not guessed at."""
+    """One change is autograd's own accumulation; more than one is somebody else's, and is not
+    guessed at."""
     window, grad = Window(Clock()), torch.zeros(2)
     window.pay(grad)
     grad.add_(1)
@@ -191,14 +195,15 @@ def test_a_slice_of_a_flat_buffer_is_not_guessed_at() -> None:
 
 
 def test_a_gradient_that_somebody_put_there() -> None:
-    """Autograd adds in place to such a gradient, which shows; in a new one nothing was changed in place."""
+    """Autograd adds in place to such a gradient, which shows; in a new one nothing was changed in
+    place."""
     window = Window(Clock())
     window.pay(torch.zeros(2))
     assert window.when_gradient_comes(torch.zeros(2)) is Evidence.FRESH
     assert window.when_gradient_comes(torch.zeros(2).add_(1)) is Evidence.UNKNOWN
     compiled = Window(Clock())
     made = torch.zeros(2).add_(1)  # torch.compile makes gradients of version 1
-    compiled.note_birth(made)
+    compiled.born = 1
     compiled.pay(made)
     assert compiled.when_gradient_comes(torch.zeros(2).add_(1)) is Evidence.FRESH
 
@@ -208,10 +213,10 @@ def test_a_gradient_that_was_replaced_before_the_step() -> None:
     window, first, second = Window(Clock()), torch.zeros(2), torch.zeros(2)
     window.pay(first)
     assert window.when_step_begins(torch.zeros(2)) is Evidence.REPLACED
+    window.reopen(zeroed_in_place=True)
+    window.pay(first)
+    assert window.when_step_begins(torch.zeros(2)) is Evidence.REPLACED
     window.reopen()
     window.pay(second)
     assert window.when_step_begins(second) is Evidence.SAME
     assert window.when_step_begins(torch.zeros(2)) is Evidence.SEVERAL
-    window.reopen(zeroed_in_place=True)
-    window.pay(second)
-    assert window.when_step_begins(torch.zeros(2)) is Evidence.REPLACED

@@ -1,4 +1,5 @@
-"""DistributedDataParallel: each rank decays its own gradients once, and all ranks hold the same parameters.
+"""DistributedDataParallel: each rank decays its own gradients once, and all ranks hold the same
+parameters.
 
 Workers compare with two references that do not use wdhook: a copy for each rank in one process, and
 DistributedDataParallel with the optimizer's own decay.
@@ -53,7 +54,8 @@ CASES = [
 
 
 class Branching(nn.Module):
-    """One of two heads, and the other in turn: what no rank uses in a step has no gradient there."""
+    """One of two heads, and the other in turn: what no rank uses in a step has no gradient
+    there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +76,8 @@ def check_against_references(
     attached: str = "before",
     off: float = 1.0,
 ) -> None:
-    """In a worker: raise unless wdhook, copies in one process, and DDP with own decay end with the same parameters."""
+    """In a worker: raise unless wdhook, copies in one process, and DDP with own decay end with the
+    same parameters."""
     first = Branching() if "find_unused_parameters" in wrapper else perceptron()
     by_hand = λ if (mode, at) == ("coupled", "backward") else 0.0
     alone = play_alone(first, lambda m: optimizer_of(m, mode, 0.0 if by_hand else λ), loop, by_hand)
@@ -107,7 +110,8 @@ def check_against_references(
 
 @pytest.mark.parametrize(("mode", "at", "wrapper", "loop"), CASES)
 def test_every_loop(two: Group, mode: str, at: str, wrapper: str, loop: str) -> None:
-    """However gradients are averaged, kept and zeroed: bit for bit what one process computes, on every rank."""
+    """However gradients are averaged, kept and zeroed: bit for bit what one process computes, on
+    every rank."""
     two(check_against_references, mode, at, WRAPPERS[wrapper], LOOPS[loop])
 
 
@@ -136,7 +140,8 @@ def test_the_comparison_can_fail(two: Group, mode: str, at: str) -> None:
 @pytest.mark.parametrize("wrapper", ["plain", "views", "unused"])
 @pytest.mark.parametrize(("mode", "at"), MOMENTS)
 def test_four_processes(four: Group, mode: str, at: str, wrapper: str) -> None:
-    """More ranks change nothing; a sum of four has many orders, so only the wrapper itself is the reference."""
+    """More ranks change nothing; a sum of four has many orders, so only the wrapper itself is the
+    reference."""
     two_passes = LOOPS["synchronised each time" if wrapper == "views" else "no_sync"]
     loop = ONE_PASS["clipped"] if (mode, at) == ("decoupled", "backward") else two_passes
     four(check_against_references, mode, at, WRAPPERS[wrapper], loop)

@@ -1,4 +1,5 @@
-"""DistributedDataParallel where ranks differ, where losses are scaled, and what the decay costs; DataParallel."""
+"""DistributedDataParallel where ranks differ, where losses are scaled, and what the decay costs;
+DataParallel."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ SGD = torch.optim.SGD
 
 
 def whole_batch(mode: str, at: str, loop: Loop, off: float = 1.0) -> None:
-    """In a worker: raise unless the ranks together do what one process does with all rows of each batch."""
+    """In a worker: raise unless the ranks together do what one process does with all rows of each
+    batch."""
     model, twin = twins(perceptron(torch.float64))
     optimizer = optimizer_of(model, mode, 0.0)
     with wdhook.attach(model, λ * off, mode=mode, at=at, optimizer=optimizer):
@@ -37,8 +39,10 @@ def whole_batch(mode: str, at: str, loop: Loop, off: float = 1.0) -> None:
     assert_ranks_agree(model.state_dict())
     inputs = batches(twin, loop.steps * loop.micro)
     train(twin, optimizer_of(twin, mode, λ), inputs, micro=loop.micro, clip=loop.clip)
-    # The same sums in another order: errors of some 1e-15 in float64 gradients between 3e-5 and 2. Adam divides by
-    # their size, so that a step of 0.1 errs by 1e-11 at most, and each of 4 steps passes on a few times what it got.
+    # The same sums in another order: errors of some 1e-15 in float64 gradients between 3e-5 and 2.
+    # Adam divides by
+    # their size, so that a step of 0.1 errs by 1e-11 at most, and each of 4 steps passes on a few
+    # times what it got.
     assert_close(model.state_dict(), twin.state_dict(), 1e-9)
 
 
@@ -47,7 +51,8 @@ def whole_batch(mode: str, at: str, loop: Loop, off: float = 1.0) -> None:
 def test_the_whole_batch_in_one_process(
     request: pytest.FixtureRequest, world: str, mode: str, at: str
 ) -> None:
-    """`torch.optim` with param groups, in one process on undivided batches, ends with the same parameters."""
+    """`torch.optim` with param groups, in one process on undivided batches, ends with the same
+    parameters."""
     # Clipping comes before the optimizer's own decay, so it is compared at "step" only.
     loop = Loop(micro=2, sync_each=world == "four", clip=0.3 if at == "step" else None)
     request.getfixturevalue(world)(whole_batch, mode, at, loop)
@@ -61,7 +66,8 @@ def test_the_whole_batch_comparison_can_fail(two: Group, mode: str, at: str) -> 
 
 
 class Scaled:
-    """An optimizer that a GradScaler steps. The loss overflows in one step, in the last rank only."""
+    """An optimizer that a GradScaler steps. The loss overflows in one step, in the last rank
+    only."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, overflow: int):
         self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
@@ -82,7 +88,8 @@ class Scaled:
 
 
 def scaled(mode: str, at: str, to_none: bool, views: bool) -> None:
-    """In a worker: raise unless scaling changes no bit, and the step that overflowed in one rank is skipped in all."""
+    """In a worker: raise unless scaling changes no bit, and the step that overflowed in one rank
+    is skipped in all."""
     first = perceptron()
     by_hand = λ if at == "backward" else 0.0
     loop = Loop(to_none=to_none)
@@ -107,7 +114,8 @@ def scaled(mode: str, at: str, to_none: bool, views: bool) -> None:
 @pytest.mark.parametrize("to_none", [True, False], ids=["to_none", "in_place"])
 @pytest.mark.parametrize(("mode", "at"), MOMENTS[:3])
 def test_a_scaler(two: Group, mode: str, at: str, to_none: bool, views: bool) -> None:
-    """An overflow in one rank skips the step of all; a scale that is a power of two changes no bit."""
+    """An overflow in one rank skips the step of all; a scale that is a power of two changes no
+    bit."""
     two(scaled, mode, at, to_none, views)
 
 
@@ -124,7 +132,8 @@ class Choosing(nn.Module):
 
 
 def ranks_differ(mode: str, at: str) -> None:
-    """In a worker: each rank uses a head of its own, so that the other's gradient comes from the other rank alone."""
+    """In a worker: each rank uses a head of its own, so that the other's gradient comes from the
+    other rank alone."""
     models = twins(Choosing())
     for model, own in zip(models, (0.0, λ), strict=True):
         optimizer = optimizer_of(model, mode, own)
@@ -143,12 +152,14 @@ def ranks_differ(mode: str, at: str) -> None:
 
 @pytest.mark.parametrize(("mode", "at"), MOMENTS)
 def test_ranks_that_use_different_parameters(two: Group, mode: str, at: str) -> None:
-    """What only one rank has used is decayed once, and alike in both: decay is added after averaging."""
+    """What only one rank has used is decayed once, and alike in both: decay is added after
+    averaging."""
     two(ranks_differ, mode, at)
 
 
 def uneven(mode: str, at: str, by_all: bool, off: float = 1.0) -> None:
-    """In a worker: rank 1 has two batches less than rank 0, inside DistributedDataParallel.join()."""
+    """In a worker: rank 1 has two batches less than rank 0, inside
+    DistributedDataParallel.join()."""
     models = twins(perceptron(torch.float64))
     for model, own in zip(models, (0.0, λ), strict=True):
         optimizer = optimizer_of(model, mode, own)
@@ -170,7 +181,8 @@ def uneven(mode: str, at: str, by_all: bool, off: float = 1.0) -> None:
 @pytest.mark.parametrize("by_all", [True, False])
 @pytest.mark.parametrize(("mode", "at"), MOMENTS)
 def test_uneven_inputs(two: Group, mode: str, at: str, by_all: bool) -> None:
-    """With join() a rank that has run out of inputs changes nothing, whatever the gradients are divided by."""
+    """With join() a rank that has run out of inputs changes nothing, whatever the gradients are
+    divided by."""
     two(uneven, mode, at, by_all)
 
 
@@ -196,16 +208,21 @@ def lone_weight(loop: Loop) -> None:
 
 @pytest.mark.parametrize("to_none", [True, False], ids=["to_none", "in_place"])
 def test_a_lone_weight(two: Group, to_none: bool) -> None:
-    """One decayed parameter: right wherever the gradient tells enough, and a warning where it does not."""
+    """One decayed parameter: right wherever the gradient tells enough, and a warning where it does
+    not."""
     two(lone_weight, Loop(to_none=to_none))
     two(lone_weight, Loop(micro=2, skipped=(1,)))
-    unclear = Loop(skipped=(1,), to_none=False) if not to_none else Loop(micro=2, sync_each=True)
+    two(lone_weight, Loop(micro=2, sync_each=True))
+    if to_none:
+        return
+    unclear = Loop(skipped=(1,), to_none=False)
     with pytest.raises(AssertionError, match="WdhookWarning: A gradient was changed in place"):
         two(lone_weight, unclear)
 
 
 def collectives(moment: tuple[str, str] | None, micro: int, extra: bool = False) -> Counter[str]:
-    """In a worker: what four steps, with `micro` synchronised backward passes each, say to other ranks."""
+    """In a worker: what four steps, with `micro` synchronised backward passes each, say to other
+    ranks."""
     model = perceptron()
     mode, at = moment or MOMENTS[0]
     optimizer = optimizer_of(model, mode, 0.0)
@@ -237,7 +254,8 @@ def test_no_extra_collective(two: Group, mode: str, at: str) -> None:
 @pytest.mark.parametrize("attached_to", ["wrapper", "module"])
 @pytest.mark.parametrize(("mode", "at"), MOMENTS)
 def test_data_parallel(mode: str, at: str, attached_to: str) -> None:
-    """DataParallel (without a GPU it calls the module itself): attached to either, the same decisions and result."""
+    """DataParallel (without a GPU it calls the module itself): attached to either, the same
+    decisions and result."""
     model, twin = twins(perceptron())
     wrapper = DataParallel(model)
     optimizer = optimizer_of(model, mode, 0.0)

@@ -1,4 +1,5 @@
-"""`torch.distributed.checkpoint` saves the handle next to model and optimizer, and a fresh run goes on from there."""
+"""`torch.distributed.checkpoint` saves the handle next to model and optimizer, and a fresh run
+goes on from there."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ class Run:
 
 
 def resumed(folder: str, as_object: bool, growth: float, *start: Any) -> None:
-    """In a worker: raise unless three steps, a checkpoint and three steps in fresh objects are as good as six steps."""
+    """In a worker: raise unless three steps, a checkpoint and three steps in fresh objects are as
+    good as six steps."""
     whole, half = Run(*start), Run(*start)
     whole.go_on(0, STEPS)
     half.go_on(0, STEPS // 2)
@@ -102,7 +104,8 @@ def resumed(folder: str, as_object: bool, growth: float, *start: Any) -> None:
 def test_resume(
     two: Group, tmp_path: Path, mode: str, at: str, tensor_lr: bool, as_object: bool
 ) -> None:
-    """Schedules of λ and lr, the largest lr and the windows go on: bit for bit the run that was not interrupted."""
+    """Schedules of λ and lr, the largest lr and the windows go on: bit for bit the run that was
+    not interrupted."""
     two(resumed, str(tmp_path), as_object, 1.25, mode, at, False, tensor_lr)
 
 
@@ -134,7 +137,8 @@ def rolled_back(folder: str, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["coupled", "independent"])
 def test_a_handle_that_has_met_no_optimizer(two: Group, tmp_path: Path, mode: str) -> None:
-    """Its state has the same keys as that of any other, so that a checkpoint can be loaded into it."""
+    """Its state has the same keys as that of any other, so that a checkpoint can be loaded into
+    it."""
     two(rolled_back, str(tmp_path), mode)
 
 
@@ -145,7 +149,8 @@ def test_resume_can_fail(two: Group, tmp_path: Path) -> None:
 
 
 def fresh_state(mode: str, at: str, number: bool) -> None:
-    """In a worker: `get_state_dict` takes a step, with gradients and a learning rate of zero, if there is no state."""
+    """In a worker: `get_state_dict` takes a step, with gradients and a learning rate of zero, if
+    there is no state."""
     model = perceptron()
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
@@ -188,7 +193,8 @@ def guarded(folder: str, repair: bool) -> None:
 
 
 def test_the_guard(two: Group, tmp_path: Path) -> None:
-    """A checkpoint that brings the optimizer's own decay back is refused on every rank, and told how to repair."""
+    """A checkpoint that brings the optimizer's own decay back is refused on every rank, and told
+    how to repair."""
     with pytest.raises(AssertionError, match=r"rank 0:") as failure:
         two(guarded, str(tmp_path), False)
     message = str(failure.value)

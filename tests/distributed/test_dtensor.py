@@ -1,4 +1,5 @@
-"""What is particular to parameters and gradients that are DTensors: no communication, kernels, traces, empty shards."""
+"""What is particular to parameters and gradients that are DTensors: no communication, kernels,
+traces, empty shards."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 class Collectives(TorchDispatchMode):
-    """Counts what is communicated. (torch's own CommDebugMode stumbles over `fully_shard` in some versions.)"""
+    """Counts what is communicated. (torch's own CommDebugMode stumbles over `fully_shard` in some
+    versions.)"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +93,8 @@ def _communication(how: str, mode: str, at: str, foreach: bool | None) -> None:
 @pytest.mark.parametrize(("mode", "at"), WAYS)
 @pytest.mark.parametrize("how", ["fsdp2", "sequence", "replicated"])
 def test_decay_communicates_nothing(how: str, mode: str, at: str, two: Group) -> None:
-    """A rank decays what it holds: as many collectives with a handle as without, in backward passes and steps."""
+    """A rank decays what it holds: as many collectives with a handle as without, in backward
+    passes and steps."""
     for foreach in (None, True):
         two(_communication, how, mode, at, foreach)
 
@@ -132,7 +135,8 @@ def _by_foreach(how: str, mode: str, at: str) -> None:
 @pytest.mark.parametrize(("mode", "at"), WAYS)
 @pytest.mark.parametrize("how", ["fsdp2", "sequence"])
 def test_foreach_when_asked(how: str, mode: str, at: str, two: Group) -> None:
-    """`foreach=True` takes the foreach kernels for DTensors too; the result is that of single ones, to the last bit."""
+    """`foreach=True` takes the foreach kernels for DTensors too; the result is that of single
+    ones, to the last bit."""
     two(_by_foreach, how, mode, at)
 
 
@@ -157,8 +161,8 @@ def _zeroed_by_foreach(kind: str, skipped: tuple[int, ...], given: bool) -> None
 def test_zeroed_in_place_by_a_foreach_kernel(
     kind: str, skipped: tuple[int, ...], given: bool, two: Group
 ) -> None:
-    """Foreach kernels leave no trace in the version of a DTensor: gradients that were zeroed after a skipped step, and
-    hold no decay any more, are told by their content."""
+    """Foreach kernels leave no trace in the version of a DTensor: gradients that were zeroed after
+    a skipped step, and hold no decay any more, are told by their content."""
     two(_zeroed_by_foreach, kind, skipped, given)
 
 
@@ -212,8 +216,8 @@ def shard_in_order(model: nn.Module) -> nn.Module:
 
 
 def test_an_empty_shard_is_no_witness(two: Group) -> None:
-    """Gradients that were scaled between two backward passes still hold the decay; that an empty one holds nothing
-    does not speak against it."""
+    """Gradients that were scaled between two backward passes still hold the decay; that an empty
+    one holds nothing does not speak against it."""
     two(_scaled_between, 0.5)
 
 
@@ -237,7 +241,8 @@ def _scale_on_device(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["fsdp2", "replicated"])
 def test_a_scale_that_stays_on_the_device(how: str, two: Group) -> None:
-    """S as a tensor, as on a GPU: S·λ·p is added to shards, and to gradients that are partial sums."""
+    """S as a tensor, as on a GPU: S·λ·p is added to shards, and to gradients that are partial
+    sums."""
     two(_scale_on_device, how)
 
 

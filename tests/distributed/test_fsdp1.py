@@ -1,4 +1,5 @@
-"""FSDP1 (`FullyShardedDataParallel`): shards are 1-D, and no hook runs, so the decay is always that of the step."""
+"""FSDP1 (`FullyShardedDataParallel`): shards are 1-D, and no hook runs, so the decay is always
+that of the step."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ SHARDED = Trainer(
 def compare(
     mode: str, at: str, new: Any, make: Any, trainer: Trainer, alone: Trainer | None, bound: float
 ) -> Any:
-    """Raise unless handles of before and after wrapping give what torch's own decay gives; the last model."""
+    """Raise unless handles of before and after wrapping give what torch's own decay gives; the
+    last model."""
     for when in ("before", "after"):
         model, handle = attached(when, new, make, mode=mode, at=at)
         trainer.play_attached(model, mode)
@@ -86,7 +88,8 @@ def compare(
 
 def _in_a_loop(name: str, mode: str, at: str) -> None:
     loop = LOOPS[name]
-    # FSDP's own clipping is for float32: 4 steps of gradients below 1 and lr 0.1, each rounded to some units of 6e-8.
+    # FSDP's own clipping is for float32: 4 steps of gradients below 1 and lr 0.1, each rounded to
+    # some units of 6e-8.
     new, bound = (blocks, BOUND) if loop.clip is None else (lambda: blocks(torch.float32), 1e-5)
     model = compare(mode, at, new, wrap, replace(SHARDED, loop=loop), Trainer(loop), bound)
     assert all(weight.ndim == 1 for weight in weights(model))
@@ -100,8 +103,8 @@ def _in_a_loop(name: str, mode: str, at: str) -> None:
 @pytest.mark.parametrize(("mode", "at"), WAYS)
 @pytest.mark.parametrize("name", LOOPS)
 def test_every_loop(name: str, mode: str, at: str, two: Group) -> None:
-    """`no_sync`, both kinds of zeroing, FSDP's own clipping, skipped steps; wrapped after and before attaching: names
-    and types give the same plan as that of the model on its own."""
+    """`no_sync`, both kinds of zeroing, FSDP's own clipping, skipped steps; wrapped after and
+    before attaching: names and types give the same plan as that of the model on its own."""
     two(_in_a_loop, name, mode, at)
 
 
@@ -145,7 +148,8 @@ def _by_strategy(name: str, mode: str, at: str) -> None:
 @pytest.mark.parametrize(("mode", "at"), WAYS)
 @pytest.mark.parametrize("name", ["SHARD_GRAD_OP", "NO_SHARD", "one unit", "ignored", "bfloat16"])
 def test_every_strategy(name: str, mode: str, at: str, two: Group) -> None:
-    """Other strategies, ignored modules, mixed precision; and weights of which a rank holds nothing."""
+    """Other strategies, ignored modules, mixed precision; and weights of which a rank holds
+    nothing."""
     two(_by_strategy, name, mode, at)
 
 
@@ -172,7 +176,8 @@ def _scaled(at: str) -> None:
 
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_a_sharded_scaler(at: str, two: Group) -> None:
-    """`ShardedGradScaler`: gradients are un-scaled before the decay comes, and ranks agree on what is skipped."""
+    """`ShardedGradScaler`: gradients are un-scaled before the decay comes, and ranks agree on what
+    is skipped."""
     two(_scaled, at)
 
 
@@ -208,8 +213,8 @@ def _refused() -> list[str]:
 
 
 def test_flattened_parameters_are_refused(two: Group) -> None:
-    """`use_orig_params=False` makes one parameter of weights and biases: refused where it is seen, at the latest by the
-    first step, which changes nothing; with the way out."""
+    """`use_orig_params=False` makes one parameter of weights and biases: refused where it is seen,
+    at the latest by the first step, which changes nothing; with the way out."""
     for messages in two(_refused):
         assert len(messages) == 8
         for message in messages:

@@ -1,4 +1,5 @@
-"""FSDP2 (`fully_shard`): each against the same sharded run by torch's own decay, and against one process."""
+"""FSDP2 (`fully_shard`): each against the same sharded run by torch's own decay, and against one
+process."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def _in_a_loop(name: str, mode: str, at: str) -> None:
 @pytest.mark.parametrize(("mode", "at"), WAYS)
 @pytest.mark.parametrize("name", LOOPS)
 def test_every_loop(name: str, mode: str, at: str, two: Group) -> None:
-    """Accumulation, both kinds of zeroing, clipping and skipped steps; attached before and after; rows that do not
+    """Accumulation, both kinds of zeroing, clipping and skipped steps; attached before and after;
+    rows that do not
     divide and empty shards; names and reasons of the plan are those of the user's model."""
     two(_in_a_loop, name, mode, at)
 
@@ -121,7 +123,8 @@ def test_every_layout(name: str, mode: str, at: str, two: Group) -> None:
 @pytest.mark.parametrize(("mode", "at"), WAYS)
 @pytest.mark.parametrize("name", list(LAYOUTS)[6:])
 def test_every_layout_of_four(name: str, mode: str, at: str, four: Group) -> None:
-    """Shards on two ranks, replicas on two others; four shards, some empty, that are gathered by two."""
+    """Shards on two ranks, replicas on two others; four shards, some empty, that are gathered by
+    two."""
     four(_in_a_layout, name, mode, at)
 
 
@@ -141,7 +144,8 @@ def _in_low_precision(mode: str, at: str, micro: int) -> None:
 @pytest.mark.parametrize("micro", [1, 2])
 @pytest.mark.parametrize(("mode", "at"), WAYS)
 def test_mixed_precision(mode: str, at: str, micro: int, two: Group) -> None:
-    """bfloat16 parameters and gradients, float32 shards and sums: the decay is that of the shards."""
+    """bfloat16 parameters and gradients, float32 shards and sums: the decay is that of the
+    shards."""
     two(_in_low_precision, mode, at, micro)
 
 
@@ -182,7 +186,8 @@ def _materialised(mode: str, at: str, when: str) -> None:
 @pytest.mark.parametrize("when", ["on meta", "sharded on meta", "materialised"])
 @pytest.mark.parametrize(("mode", "at"), WAYS)
 def test_a_model_made_on_meta(mode: str, at: str, when: str, two: Group) -> None:
-    """Parameters without storage, attached before they are sharded, before they are materialised, and after."""
+    """Parameters without storage, attached before they are sharded, before they are materialised,
+    and after."""
     two(_materialised, mode, at, when)
 
 
@@ -203,5 +208,6 @@ def _scaled(at: str) -> None:
 
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_a_scaled_loss(at: str, two: Group) -> None:
-    """A `GradScaler` that skips after an overflow on one rank, and grows: S·λ·p is added to the sharded gradients."""
+    """A `GradScaler` that skips after an overflow on one rank, and grows: S·λ·p is added to the
+    sharded gradients."""
     two(_scaled, at)

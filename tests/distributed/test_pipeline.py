@@ -109,8 +109,8 @@ def _in_stages(kind: str, mode: str, at: str) -> None:
 @pytest.mark.parametrize(("mode", "at"), WAYS)
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_every_schedule(kind: str, mode: str, at: str, two: Group) -> None:
-    """Each rank attaches to its stages: one decay a step, however many micro-batches; also where a schedule computes
-    the gradients of weights by themselves and assigns them."""
+    """Each rank attaches to its stages: one decay a step, however many micro-batches; also where a
+    schedule computes the gradients of weights by themselves and assigns them."""
     two(_in_stages, kind, mode, at)
 
 
@@ -125,7 +125,8 @@ def _refused(kind: str) -> str:
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_scaled_gradients_are_refused(kind: str, two: Group) -> None:
-    """A schedule that divides gradients when all are there would divide the decay too: an error, before the step."""
+    """A schedule that divides gradients when all are there would divide the decay too: an error,
+    before the step."""
     for message in two(_refused, kind):
         assert f"Schedule{kind}(scale_grads=True), {MICRO} micro-batches" in message
         assert 'attach(..., at="step")' in message

@@ -54,7 +54,8 @@ def test_an_exception_of_one_rank_is_shown(two: Group) -> None:
 
 
 def test_a_process_that_hangs_or_dies_is_named(two: Group) -> None:
-    """A process that is not done in time is killed, and its stack is shown; so is one that has died."""
+    """A process that is not done in time is killed, and its stack is shown; so is one that has
+    died."""
     with pytest.raises(AssertionError, match=r"(?s)rank 1 is not done:.*_sleep_on_one"):
         two(_sleep_on_one, timeout=8)
     with pytest.raises(AssertionError, match="rank 1 has died"):

@@ -1,4 +1,5 @@
-"""Tensor and sequence parallel models, alone and with FSDP2: against torch's own decay, and against one process."""
+"""Tensor and sequence parallel models, alone and with FSDP2: against torch's own decay, and
+against one process."""
 
 from __future__ import annotations
 
@@ -53,14 +54,16 @@ def placements(grad: Tensor | None) -> tuple[Any, ...]:
 @pytest.mark.parametrize(("mode", "at"), WAYS)
 @pytest.mark.parametrize("style", ["columns and rows", "replicated"])
 def test_every_style(style: str, mode: str, at: str, two: Group) -> None:
-    """Sharded, replicated and plain parameters in one model; a gradient that is a partial sum gets λ·p once."""
+    """Sharded, replicated and plain parameters in one model; a gradient that is a partial sum gets
+    λ·p once."""
     two(_tensor_parallel, style, Loop(micro=2, clip=0.05), mode, at)
 
 
 @pytest.mark.parametrize(("mode", "at"), WAYS)
 @pytest.mark.parametrize("name", [name for name, loop in LOOPS.items() if not loop.sync_last])
 def test_every_loop(name: str, mode: str, at: str, two: Group) -> None:
-    """Sequence parallel, attached before and after: accumulation, both kinds of zeroing, skipped steps."""
+    """Sequence parallel, attached before and after: accumulation, both kinds of zeroing, skipped
+    steps."""
     two(_tensor_parallel, "sequence", LOOPS[name], mode, at)
 
 

@@ -1,4 +1,5 @@
-"""The pages: every public name is on them, nothing else is, every link arrives, every page can be found."""
+"""The pages: every public name is on them, nothing else is, every link arrives, every page can be
+found."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ PAGES = [
     *sorted(DOCS.glob("*.md")),
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
 ]
-API = (DOCS / "api.md").read_text()
+API = "".join(page.read_text() for page in sorted(DOCS.glob("api*.md")))
 
 DIRECTIVE = re.compile(
     r"^\.\. auto(?:function|class|exception|data):: (?P<name>[\w.]+)", re.MULTILINE
@@ -63,17 +64,18 @@ def _is_function_of(module: ModuleType, name: str, thing: object) -> bool:
     )
 
 
-# -- names ------------------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 
 def test_the_page_of_names_has_every_public_name_once_and_no_other() -> None:
-    """docs/api.md is made from the docstrings of exactly what is public."""
+    """docs/api*.md are made from the docstrings of exactly what is public."""
     listed = DIRECTIVE.findall(API)
     assert sorted(listed) == sorted(public_names())
 
 
 def test_the_public_names_are_seen() -> None:
-    """The check above is not blind: it knows names of each face, and private ones are not among them."""
+    """The check above is not blind: it knows names of each face, and private ones are not among
+    them."""
     names = public_names()
     assert {
         "wdhook.attach",
@@ -98,7 +100,8 @@ def classes() -> list[type]:
 
 
 def undocumented(owner: type) -> list[str]:
-    """Public members that the class defines itself and that autodoc would leave out, having nothing to say."""
+    """Public members that the class defines itself and that autodoc would leave out, having nothing
+    to say."""
     told = inspect.getdoc(owner) or ""
     return [
         name
@@ -111,7 +114,8 @@ def undocumented(owner: type) -> list[str]:
 
 @pytest.mark.parametrize("owner", classes(), ids=lambda owner: owner.__name__)
 def test_every_member_is_documented(owner: type) -> None:
-    """Methods, properties and fields of public classes have a docstring, or a line under Attributes."""
+    """Methods, properties and fields of public classes have a docstring, or a line under
+    Attributes."""
     assert undocumented(owner) == []
 
 
@@ -162,14 +166,17 @@ def test_errors_under_raises_exist() -> None:
 
 
 def test_every_error_is_explained_to_users() -> None:
-    """Each error and the warning is on a page that says when it comes, not only on the page of names."""
-    pages = "".join(page.read_text() for page in DOCS.glob("*.md") if page.name != "api.md")
+    """Each error and the warning is on a page that says when it comes, not only on the page of
+    names."""
+    pages = "".join(
+        page.read_text() for page in DOCS.glob("*.md") if page.stem.split("-")[0] != "api"
+    )
     errors = {name for name in wdhook.__all__ if name.endswith(("Error", "Warning"))}
     silent = {name for name in errors if f"`{name}`" not in pages}
     assert silent == {"WdhookError"}  # the base, which nobody raises by itself
 
 
-# -- what the pages say exists -----------------------------------------------------------------------------------
+# -- what the pages say exists ---------------------------------------------------------------------
 
 
 def unknown(text: str) -> set[str]:
@@ -211,11 +218,12 @@ def test_pages_name_only_what_exists(page: Path) -> None:
 
 def test_a_name_that_does_not_exist_is_seen() -> None:
     """The check above can fail."""
-    text = "`wdhook.attach(model)`, `wdhook.atach`, decay.remove(), decay.restart(), wdhook.Plan.diff, wdhook.Plan.dif"
+    text = "`wdhook.attach(model)`, `wdhook.atach`, decay.remove(), decay.restart(), "
+    text += "wdhook.Plan.diff, wdhook.Plan.dif"
     assert unknown(text) == {"wdhook.atach", "decay.restart", "wdhook.Plan.dif"}
 
 
-# -- links ------------------------------------------------------------------------------------------------------
+# -- links -----------------------------------------------------------------------------------------
 
 
 def anchors(text: str) -> set[str]:
@@ -251,26 +259,36 @@ def test_every_link_arrives(page: Path) -> None:
 
 def test_a_broken_link_is_seen() -> None:
     """The check above can fail, for files and for headings; code is no link."""
-    text = "# A `b` c\n[1](modes.md#which-moment) [2](modes.md#no) [3](no.md) [4](#a-b-c) [5](#b) `[6](x)`\n"
+    text = "# A `b` c\n[1](modes.md#which-moment) [2](modes.md#no) [3](no.md) "
+    text += "[4](#a-b-c) [5](#b) `[6](x)`\n"
     text += "```\n[7](y)\n```\n"
     assert broken(DOCS / "here.md", text) == ["modes.md#no", "no.md", "#b"]
 
 
 def test_every_page_can_be_found() -> None:
-    """Each page is in one table of contents of the site, and in the README's list."""
-    index = (DOCS / "index.md").read_text()
-    toctrees = re.findall(r"^```\{toctree\}\n(.*?)^```$", index, re.MULTILINE | re.DOTALL)
-    listed = [
-        line for tree in toctrees for line in tree.splitlines() if line and not line.startswith(":")
-    ]
+    """Each page is in one table of contents of the site, and in the README's list.
+
+    The parts of the API reference are in the list of its first page, and not in the README.
+    """
+    parts = _listed("api")
+    listed = [line for line in _listed("index") if line != "Index of terms <genindex>"]
     pages = {path.stem for path in DOCS.glob("*.md")} - {"index"}
-    assert sorted(listed) == sorted(pages)
+    assert sorted([*listed, *parts]) == sorted(pages)
+    assert all(part.startswith("api-") for part in parts)
     readme = (ROOT / "README.md").read_text()
-    assert {page for page in pages if f"(docs/{page}.md)" not in readme} == set()
+    assert {page for page in listed if f"(docs/{page}.md)" not in readme} == set()
+
+
+def _listed(page: str) -> list[str]:
+    text = (DOCS / f"{page}.md").read_text()
+    trees = re.findall(r"^```\{toctree\}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = [line for tree in trees for line in tree.splitlines()]
+    return [line for line in lines if line and not line.startswith(":")]
 
 
 def test_every_room_has_its_place() -> None:
-    """The list of rooms in docs/how-it-works.md has each room once, below everything that it imports."""
+    """The list of rooms in docs/how-it-works.md has each room once, below everything that it
+    imports."""
     text = (DOCS / "how-it-works.md").read_text()
     listed = re.findall(r"`(\w+(?:\.py|/))`", text[text.index("| room | in → out |") :])
     place: dict[str, int] = {}

@@ -117,6 +117,14 @@ def test_the_order_of_all() -> None:
     assert all(hasattr(wdhook, name) for name in wdhook.__all__)
 
 
+def test_dir_lists_what_is_public_and_nothing_else() -> None:
+    """Completion shows no name that this package imports for itself."""
+    names = {name for name in dir(wdhook) if not name.startswith("__")}
+    assert names == {name for name in wdhook.__all__ if not name.startswith("__")}
+    assert "__doc__" in dir(wdhook)
+    assert "TYPE_CHECKING" in vars(wdhook)  # which dir() would show by itself
+
+
 def test_every_error_is_also_a_builtin() -> None:
     """Code that does not know wdhook can handle its errors."""
     errors = [

@@ -1,4 +1,5 @@
-"""Any optimizer: every one of every package that is installed, in three modes, against decay written by hand."""
+"""Any optimizer: every one of every package that is installed, in three modes, against decay
+written by hand."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def failing(name: str, is_right: Callable[[Case], object]) -> list[str]:
 
 @EVERY
 def test_every_mode_is_exact_or_loud(name: str) -> None:
-    """Coupled at backward, coupled at step, decoupled at step: the bits of the loop decayed by hand, or refused."""
+    """Coupled at backward, coupled at step, decoupled at step: the bits of the loop decayed by
+    hand, or refused."""
     wrong = failing(name, lambda case: all(mode.startswith(FINE) for mode in verdict(case).modes))
     assert not wrong, {case: verdict(case).modes for case in cases_of(name) if str(case) in wrong}
 
@@ -54,13 +56,15 @@ def test_the_own_decay_is_seen(name: str) -> None:
 
 @EVERY
 def test_adopt_picks_what_the_optimizer_does(name: str) -> None:
-    """Where `adopt` picks a mode, the optimizer's own decay has the bits of that mode; else it asks."""
+    """Where `adopt` picks a mode, the optimizer's own decay has the bits of that mode; else it
+    asks."""
     right = ("asks", "nothing to adopt", "no param groups")
     assert not failing(name, lambda case: verdict(case).adopt in (*right, verdict(case).own))
 
 
 def test_adopt_knows_the_optimizers_of_torch() -> None:
-    """All of torch.optim that have a decay of one of our formulas are adopted without being asked."""
+    """All of torch.optim that have a decay of one of our formulas are adopted without being
+    asked."""
     known = {
         case.name: verdict(case).adopt
         for case in cases_of("torch")
@@ -104,7 +108,8 @@ def test_a_decay_that_is_not_right_is_not_exact() -> None:
 
 
 def test_a_new_optimizer_is_found() -> None:
-    """A class that the catalogue does not know gets a case; a name that a package no longer has is an error."""
+    """A class that the catalogue does not know gets a case; a name that a package no longer has is
+    an error."""
 
     class Newest(torch.optim.SGD):
         pass

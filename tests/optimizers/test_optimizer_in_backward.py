@@ -41,7 +41,8 @@ def train(model: nn.Module, run: Callable[[Tensor], None], count: int = 5) -> Ma
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 @pytest.mark.parametrize("name", HEARD)
 def test_an_optimizer_that_was_there_first(name: str, mode: str, at: str) -> None:
-    """Attached after the optimizer's hooks, with the optimizers given: decay comes before the step."""
+    """Attached after the optimizer's hooks, with the optimizers given: decay comes before the
+    step."""
     model, twin = twins(perceptron())
     running = HEARD[name](model, 0.0)
     with wdhook.attach(model, λ, mode=mode, at=at, optimizer=running.optimizers) as decay:
@@ -81,7 +82,8 @@ def test_an_optimizer_without_a_step(name: str, mode: str, first: str) -> None:
 
 
 def test_lomos_first_pass_for_the_norm_counts_the_decay() -> None:
-    """With clipping, LOMO runs two backward passes for one update: both see λ·p, as if it were in the loss."""
+    """With clipping, LOMO runs two backward passes for one update: both see λ·p, as if it were in
+    the loss."""
     kind = pytest.importorskip("lomo_optim").Lomo
     model, twin = twins(perceptron())
 
@@ -101,7 +103,8 @@ def test_lomos_first_pass_for_the_norm_counts_the_decay() -> None:
 
 
 def test_the_loss_scale_of_adalomo_is_given_as_a_scaler() -> None:
-    """AdaLOMO multiplies the loss with 1024 unless told otherwise: a scaler of that scale makes the decay right."""
+    """AdaLOMO multiplies the loss with 1024 unless told otherwise: a scaler of that scale makes
+    the decay right."""
     install = fused("pytorch_optimizer", "AdaLOMO", loss_scale=1024.0)
     model, twin = twins(perceptron())
     running = install(model, 0.0)
@@ -147,7 +150,8 @@ def assert_decays_alike(install: Install) -> None:
 
 
 def accumulated(model: nn.Module, running: Running, micro: int = 3) -> Mapping[str, Tensor]:
-    """optimi's recipe: the state takes in the gradients of all micro-batches, the last one updates."""
+    """optimi's recipe: the state takes in the gradients of all micro-batches, the last one
+    updates."""
     for i, batch in enumerate(batches(model, 4 * micro)):
         running.optimizers[0].optimizer_accumulation = i % micro != micro - 1
         running.backward(loss_of(model, batch) / micro)
@@ -156,7 +160,8 @@ def accumulated(model: nn.Module, running: Running, micro: int = 3) -> Mapping[s
 
 @pytest.mark.parametrize("name", ["optimi SGD", "optimi Adam", "optimi AdamW"])
 def test_accumulation_in_the_state_is_decayed_at_the_update(name: str) -> None:
-    """At "step", micro-batches that optimi only accumulates are left alone: bit-equal to its own decay."""
+    """At "step", micro-batches that optimi only accumulates are left alone: bit-equal to its own
+    decay."""
     mode = "decoupled" if name in DECOUPLED else "coupled"
     model, twin = twins(perceptron())
     running = HEARD[name](model, 0.0)
@@ -170,7 +175,8 @@ def test_accumulation_in_the_state_is_decayed_at_the_update(name: str) -> None:
 
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_accumulation_in_the_state_is_refused_in_the_backward(mode: str) -> None:
-    """At "backward" each micro-batch would be decayed: an error before the first of them reaches the state."""
+    """At "backward" each micro-batch would be decayed: an error before the first of them reaches
+    the state."""
     model = perceptron()
     running = HEARD["optimi AdamW"](model, 0.0)
     with (
@@ -247,7 +253,8 @@ def test_the_own_decay_of_an_optimizer_without_a_step(arguments: dict[str, Any])
 
 
 def test_an_optimizer_without_a_step_that_was_not_given() -> None:
-    """Decoupled decay is not told that it updates: the parameters that move between passes tell, and a warning comes."""
+    """Decoupled decay is not told that it updates: the parameters that move between passes tell,
+    and a warning comes."""
     model = perceptron()
     Silent(model)
     with (

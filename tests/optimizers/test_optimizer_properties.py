@@ -1,4 +1,5 @@
-"""Optimizers are told apart by what they are and hold, not by their names: stand-ins for those of other packages."""
+"""Optimizers are told apart by what they are and hold, not by their names: stand-ins for those of
+other packages."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ class Estimating(SGD):
 @pytest.mark.parametrize("at", ["backward", "step"])
 @pytest.mark.parametrize("corrected", [False, True])
 def test_the_step_of_an_estimate(at: str, corrected: bool) -> None:
-    """Decoupled decay is by lr·d, with the d from before the step, and Adam's bias correction where it is on."""
+    """Decoupled decay is by lr·d, with the d from before the step, and Adam's bias correction
+    where it is on."""
     model, twin = twins(perceptron())
     optimizer = Estimating(model.parameters(), use_bias_correction=corrected)
     with wdhook.attach(model, λ, mode="decoupled", at=at, optimizer=optimizer):
@@ -80,7 +82,8 @@ def test_the_step_of_an_estimate(at: str, corrected: bool) -> None:
     "entries", [{"bias_correction": True}, {"betas": None}], ids=["other correction", "no Adam"]
 )
 def test_the_step_of_an_estimate_that_is_not_known(entries: dict[str, Any]) -> None:
-    """D-Adaptation's SGD and AdaGrad divide by norms besides; another package corrects by a count of its own."""
+    """D-Adaptation's SGD and AdaGrad divide by norms besides; another package corrects by a count
+    of its own."""
     model = perceptron()
     optimizer = Estimating(model.parameters())
     optimizer.param_groups[0].update(entries)
@@ -106,7 +109,8 @@ class Keeping(SGD):
 
 @pytest.mark.parametrize("key", ["z", "x0", "x_k"])
 def test_a_second_sequence_is_known_after_the_first_step(key: str) -> None:
-    """MADGRAD, FTRL, A2Grad, closures of ScheduleFree: the second step is an error, and changes nothing."""
+    """MADGRAD, FTRL, A2Grad, closures of ScheduleFree: the second step is an error, and changes
+    nothing."""
     model = perceptron()
     optimizer = type("Sequence", (Keeping,), {"key": key})(model.parameters(), lr=LR)
     with wdhook.attach(model, λ, mode="decoupled", at="step"):
@@ -145,7 +149,8 @@ class Negating(torch.optim.Optimizer):
 
 
 class Unheard:
-    """No torch optimizer: nobody is told of its steps. It writes to `p.data` and zeroes in place, as fastai's do."""
+    """No torch optimizer: nobody is told of its steps. It writes to `p.data` and zeroes in place,
+    as fastai's do."""
 
     def __init__(self, params: Iterable[nn.Parameter], **entries: Any) -> None:
         self.param_groups: list[dict[str, Any]] = [{"params": list(params), "lr": LR, **entries}]
@@ -209,7 +214,8 @@ def test_maximize_on_the_optimizer(at: str) -> None:
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_gradients_that_hold_their_graph(at: str) -> None:
-    """AdaHessian differentiates them in its step: decoupled decay before that is refused, coupled works."""
+    """AdaHessian differentiates them in its step: decoupled decay before that is refused, coupled
+    works."""
     model = perceptron()
     optimizer = SGD(model.parameters(), lr=LR)
     (batch,) = batches(model, 1)
@@ -307,7 +313,8 @@ if hasattr(torch.optim, "Adafactor"):
 
 @pytest.mark.parametrize("case", ADOPTED)
 def test_adopt_picks_or_asks(case: str) -> None:
-    """`adopt` picks the one formula that the optimizer has; where there is none, or several, it asks."""
+    """`adopt` picks the one formula that the optimizer has; where there is none, or several, it
+    asks."""
     make, mode = ADOPTED[case]
     model = perceptron()
     optimizer = make(model)

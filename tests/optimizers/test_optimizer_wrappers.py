@@ -31,7 +31,8 @@ class Several(torch.optim.Optimizer):
 @pytest.mark.parametrize("kind", [list, dict])
 @pytest.mark.parametrize("given", [False, True])
 def test_an_optimizer_that_holds_several(kind: type, given: bool) -> None:
-    """The optimizers inside are found in a list or a dict: theirs is the learning rate, and the step that counts."""
+    """The optimizers inside are found in a list or a dict: theirs is the learning rate, and the
+    step that counts."""
     model, twin = twins(perceptron())
 
     def several(m: nn.Module, weight_decay: float) -> Several:
@@ -78,7 +79,8 @@ def test_an_object_around_an_optimizer_may_be_given(mode: str, at: str) -> None:
 
 
 class Moving(torch.optim.Optimizer):
-    """SAM of heavyball: the closure runs in the step of the optimizer inside, at moved weights that are put back."""
+    """SAM of heavyball: the closure runs in the step of the optimizer inside, at moved weights
+    that are put back."""
 
     def __init__(self, inside: torch.optim.Optimizer, by: float) -> None:
         self.inside, self.by = inside, by
@@ -102,7 +104,8 @@ class Moving(torch.optim.Optimizer):
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 @pytest.mark.parametrize("by", [0.0, 0.5])
 def test_a_closure_at_moved_weights(mode: str, by: float) -> None:
-    """Decay at the end of such a closure would be undone: refused where the weights have moved, and only there."""
+    """Decay at the end of such a closure would be undone: refused where the weights have moved,
+    and only there."""
     model = perceptron()
     optimizer = Moving(SGD(model.parameters(), lr=LR), by)
     (batch,) = batches(model, 1)

@@ -53,7 +53,8 @@ CATALOGUE: dict[str, tuple[Any, dict[str, Any], str]] = {
     "Adamax": (torch.optim.Adamax, {"lr": 0.01}, "coupled"),
     "ASGD": (torch.optim.ASGD, {"lr": 0.1}, "coupled"),
 }
-# Without a decay of their own: LBFGS, Rprop, SparseAdam. With tests of their own below: Muon, Adafactor.
+# Without a decay of their own: LBFGS, Rprop, SparseAdam. With tests of their own below: Muon,
+# Adafactor.
 NOT_IN_CATALOGUE = {"LBFGS", "Rprop", "SparseAdam", "Optimizer", "Muon", "Adafactor"}
 
 
@@ -79,7 +80,8 @@ def test_no_optimizer_of_torch_is_forgotten() -> None:
 def test_at_step_equals_the_optimizers_own_decay(
     name: str, micro: int, clip: float | None, to_none: bool
 ) -> None:
-    """Both modes at "step" are bit-equal to param groups, with accumulation, clipping and both kinds of zeroing."""
+    """Both modes at "step" are bit-equal to param groups, with accumulation, clipping and both
+    kinds of zeroing."""
     mode = CATALOGUE[name][2]
     model, twin = twins(convnet())
     loop = {"micro": micro, "clip": clip, "to_none": to_none}
@@ -93,7 +95,8 @@ def test_at_step_equals_the_optimizers_own_decay(
 @pytest.mark.parametrize("to_none", [True, False], ids=["to_none", "in_place"])
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_at_backward_equals_the_optimizers_own_decay(name: str, to_none: bool) -> None:
-    """Without accumulation and clipping the hook in the backward is bit-equal to param groups too."""
+    """Without accumulation and clipping the hook in the backward is bit-equal to param groups
+    too."""
     mode = CATALOGUE[name][2]
     model, twin = twins(convnet())
     optimizer = make(name, list(model.parameters()))
@@ -105,7 +108,8 @@ def test_at_backward_equals_the_optimizers_own_decay(name: str, to_none: bool) -
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_at_backward_accumulated_and_clipped_equals_a_penalty_in_the_loss(name: str) -> None:
-    """Coupled at "backward" is the penalty ½λ‖p‖² in the loss of the first micro-batch: clipping sees it."""
+    """Coupled at "backward" is the penalty ½λ‖p‖² in the loss of the first micro-batch: clipping
+    sees it."""
     if CATALOGUE[name][2] != "coupled":
         pytest.skip("a penalty in the loss is coupled decay")
     if "maximize" in name:
@@ -126,7 +130,8 @@ def test_at_backward_accumulated_and_clipped_equals_a_penalty_in_the_loss(name: 
     for (key, one), other in zip(
         model.state_dict().items(), twin.state_dict().values(), strict=True
     ):
-        # The sums are made in another order; adaptive methods divide by roots of squares of gradients near
+        # The sums are made in another order; adaptive methods divide by roots of squares of
+        # gradients near
         # 1e-3, which turns relative errors of 1e-16 into at most 1e-9 over four steps.
         assert (one - other).abs().max() <= 1e-9, key
 
@@ -134,7 +139,8 @@ def test_at_backward_accumulated_and_clipped_equals_a_penalty_in_the_loss(name: 
 @pytest.mark.parametrize("at", ["backward", "step"])
 @pytest.mark.parametrize("start", [0.5, 0.0])
 def test_maximize_decays_towards_zero(at: str, start: float) -> None:
-    """With maximize=True the optimizer negates the gradient; the decay shrinks the weights, from a λ of zero too."""
+    """With maximize=True the optimizer negates the gradient; the decay shrinks the weights, from a
+    λ of zero too."""
     model = nn.Linear(3, 2, bias=False)
     before = model.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, maximize=True)
@@ -166,7 +172,8 @@ def test_muon_on_the_matrices_that_it_accepts() -> None:
     not hasattr(torch.optim, "Adafactor"), reason="torch.optim.Adafactor is newer than this torch"
 )
 def test_adafactor_is_decayed_before_it_reads_the_parameter() -> None:
-    """Adafactor scales its update by the norm of the parameter, which its own decay changes too late to count.
+    """Adafactor scales its update by the norm of the parameter, which its own decay changes too
+    late to count.
 
     Ours comes first, so the reference is the same product written by hand before the step.
     """
@@ -203,7 +210,8 @@ class Closure:
 @pytest.mark.parametrize("at", ["backward", "step"])
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_a_step_with_a_closure(name: str, at: str) -> None:
-    """A closure that does forward, backward and clipping gives the bits of param groups, at both moments."""
+    """A closure that does forward, backward and clipping gives the bits of param groups, at both
+    moments."""
     mode = CATALOGUE[name][2]
     model, twin = twins(convnet())
     optimizer = make(name, list(model.parameters()))
@@ -218,7 +226,8 @@ def test_a_step_with_a_closure(name: str, at: str) -> None:
 
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_gradients_that_are_never_zeroed(at: str) -> None:
-    """Gradients that pile up from step to step do not matter to decoupled decay: AdamW to the last bit."""
+    """Gradients that pile up from step to step do not matter to decoupled decay: AdamW to the last
+    bit."""
     ours, twin = twins(perceptron())
     own = torch.optim.AdamW(own_groups(twin), lr=LR)
     optimizer = torch.optim.AdamW(ours.parameters(), lr=LR, weight_decay=0)

@@ -1,4 +1,5 @@
-"""Optimizer state that is sharded: `ZeroRedundancyOptimizer`, in which each rank steps a part of the parameters."""
+"""Optimizer state that is sharded: `ZeroRedundancyOptimizer`, in which each rank steps a part of
+the parameters."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def check_sharded(
     off: float = 1.0,
     wrap: Any = lambda optimizer: optimizer,
 ) -> str:
-    """In a worker: raise unless copies in one process, which shard nothing, end with the same parameters."""
+    """In a worker: raise unless copies in one process, which shard nothing, end with the same
+    parameters."""
     first = perceptron()
     by_hand = λ if (mode, at) == MOMENTS[0] else 0.0
     alone = play_alone(
@@ -99,7 +101,8 @@ def check_sharded(
 def test_each_rank_decays_what_it_steps(
     two: Group, mode: str, at: str, loop: Loop, views: bool
 ) -> None:
-    """The optimizer inside steps a shard, and the wrapper sends it to the others: each parameter is decayed once."""
+    """The optimizer inside steps a shard, and the wrapper sends it to the others: each parameter
+    is decayed once."""
     if (mode, at) == ("decoupled", "backward") and loop.micro > 1:
         loop = Loop(clip=0.1)  # a second backward pass needs at="step", as its warning says
     two(check_sharded, mode, at, loop, views)
@@ -120,7 +123,8 @@ def test_four_processes(four: Group, mode: str, at: str) -> None:
 
 @pytest.mark.parametrize(("mode", "at"), MOMENTS, ids=["-".join(m) for m in MOMENTS])
 def test_a_schedule(two: Group, mode: str, at: str) -> None:
-    """The learning rate of the decay is the one that the schedule has set, not the last one that the shard has seen."""
+    """The learning rate of the decay is the one that the schedule has set, not the last one that
+    the shard has seen."""
     two(check_sharded, mode, at, Loop(), False, 1.0, Scheduled)
 
 
@@ -130,7 +134,8 @@ def test_steps_are_counted_once(two: Group) -> None:
 
 
 def refused(load: bool) -> None:
-    """In a worker: step with an optimizer that decays, as constructed or as a checkpoint has brought it back."""
+    """In a worker: step with an optimizer that decays, as constructed or as a checkpoint has
+    brought it back."""
     model = perceptron()
     optimizer = sharded(model, "decoupled", 0.0 if load else 0.01)
     if load:
@@ -150,7 +155,8 @@ def refused(load: bool) -> None:
 
 @pytest.mark.parametrize("load", [False, True], ids=["constructed", "loaded"])
 def test_the_guard(two: Group, load: bool) -> None:
-    """Every rank refuses a step in which the sharded optimizer decays too, also after `load_state_dict`."""
+    """Every rank refuses a step in which the sharded optimizer decays too, also after
+    `load_state_dict`."""
     with pytest.raises(
         AssertionError, match=r"(?s)rank 0:.*DoubleDecayError.*'weight_decay'\] = 0.01"
     ) as failure:

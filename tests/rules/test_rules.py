@@ -1,4 +1,5 @@
-"""Loud, never silent: every way to go wrong that wdhook can see, what it says, and that nothing was changed."""
+"""Loud, never silent: every way to go wrong that wdhook can see, what it says, and that nothing
+was changed."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def plain() -> nn.Module:
 
 
 def two_sequences(params: Any) -> torch.optim.Optimizer:
-    """An optimizer like ScheduleFree: it has to be told which of its two sequences the model holds."""
+    """An optimizer like ScheduleFree: it has to be told which of its two sequences the model
+    holds."""
 
     class ScheduleFree(SGD):
         def train(self) -> None: ...
@@ -283,7 +285,8 @@ def nothing_registered(model: nn.Module) -> bool:
 
 @pytest.mark.parametrize("case", AT_ATTACH)
 def test_an_argument_without_meaning(case: str) -> None:
-    """The error is ours and a builtin, says what and what to do, and nothing was registered or changed."""
+    """The error is ours and a builtin, says what and what to do, and nothing was registered or
+    changed."""
     call, ours, builtin, pieces = AT_ATTACH[case]
     model = plain()
     with pytest.raises(ours) as caught:
@@ -350,7 +353,8 @@ def assert_unchanged_by(
 @pytest.mark.parametrize("at", ["backward", "step"])
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_the_optimizers_own_decay(mode: str, at: str) -> None:
-    """AdamW's default of 0.01 on a decayed parameter is an error at the step, before anything is changed."""
+    """AdamW's default of 0.01 on a decayed parameter is an error at the step, before anything is
+    changed."""
     model = plain()
     optimizer = AdamW(model.parameters(), lr=0.1)
     with wdhook.attach(model, 1e-4, mode=mode, at=at, optimizer=optimizer):
@@ -376,7 +380,8 @@ def test_the_optimizers_own_decay_of_exempt_parameters_is_their_business() -> No
 
 
 def test_a_checkpoint_that_brings_the_decay_back() -> None:
-    """An optimizer built with 0 that loads a checkpoint saved with 0.05 is caught at its next step."""
+    """An optimizer built with 0 that loads a checkpoint saved with 0.05 is caught at its next
+    step."""
     model = plain()
     saved = SGD(model.parameters(), lr=0.1, weight_decay=0.05).state_dict()
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -424,7 +429,8 @@ def test_disjoint_handles() -> None:
 @pytest.mark.parametrize("at", ["backward", "step"])
 @pytest.mark.parametrize("given", [True, False])
 def test_master_weights(at: str, given: bool) -> None:
-    """An optimizer that steps copies of the parameters makes decoupled decay vain: an error names coupled mode."""
+    """An optimizer that steps copies of the parameters makes decoupled decay vain: an error names
+    coupled mode."""
     model = plain()
     masters = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
     optimizer = SGD(masters, lr=0.1)
@@ -438,7 +444,8 @@ def test_master_weights(at: str, given: bool) -> None:
 
 
 def test_coupled_decay_travels_to_master_weights() -> None:
-    """Coupled decay at "backward" is in the gradient that is copied; at "step" it would be lost, and says so."""
+    """Coupled decay at "backward" is in the gradient that is copied; at "step" it would be lost,
+    and says so."""
     for at in ("backward", "step"):
         model = plain()
         masters = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
@@ -463,7 +470,8 @@ def test_coupled_decay_travels_to_master_weights() -> None:
 
 @pytest.mark.parametrize("padding", [0, 5])
 def test_flat_master_weights(padding: int) -> None:
-    """Copies in one flat buffer, of another precision and padded, are recognised by their content."""
+    """Copies in one flat buffer, of another precision and padded, are recognised by their
+    content."""
     model = plain().bfloat16()
     flat = torch.cat(
         [p.detach().float().flatten() for p in model.parameters()] + [torch.zeros(padding)]
@@ -492,7 +500,8 @@ def _steps_beside_ours(model: nn.Module, other: nn.Module) -> None:
 
 
 def test_steps_that_are_never_ours() -> None:
-    """Decay at the step, and twenty steps by optimizers that own nothing of ours while a gradient waits: a warning."""
+    """Decay at the step, and twenty steps by optimizers that own nothing of ours while a gradient
+    waits: a warning."""
     model, other = plain(), nn.Linear(1, 1)
     optimizer = SGD(other.parameters(), lr=0.1)
     with wdhook.attach(model, 0.1, at="step"):
@@ -528,7 +537,8 @@ def test_a_foreign_optimizer_is_none_of_our_business() -> None:
 
 
 def test_a_scaler_that_was_not_given() -> None:
-    """A GradScaler that steps the optimizer makes coupled decay 65,536 times too weak: error at the first step."""
+    """A GradScaler that steps the optimizer makes coupled decay 65,536 times too weak: error at
+    the first step."""
     model = plain()
     optimizer = SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu")
@@ -560,7 +570,8 @@ def test_a_scaler_that_comes_later() -> None:
 
 @pytest.mark.parametrize("other", [True, False])
 def test_a_scaler_that_does_not_step(other: bool) -> None:
-    """A scaler that was given, while another one or none steps the optimizer, is an error before the step."""
+    """A scaler that was given, while another one or none steps the optimizer, is an error before
+    the step."""
     model = plain()
     optimizer = SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu")
@@ -589,7 +600,8 @@ def test_an_lr_that_is_not_there(at: str) -> None:
 
 
 def test_an_lr_that_is_elsewhere() -> None:
-    """Prodigy multiplies lr by an estimate d: refused, with the function to give; which then works."""
+    """Prodigy multiplies lr by an estimate d: refused, with the function to give; which then
+    works."""
     model = plain()
     optimizer = SGD(model.parameters(), lr=1.0)
     optimizer.param_groups[0].update(d=0.25)
@@ -629,7 +641,8 @@ def test_maximize_that_was_not_known() -> None:
 
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_a_decay_that_rounds_away(mode: str) -> None:
-    """bfloat16 with lr·λ below half a unit in the last place, rounded at each step, warns once; float32 and a large λ do not."""
+    """bfloat16 with lr·λ below half a unit in the last place, rounded at each step, warns once;
+    float32 and a large λ do not."""
     model = plain().bfloat16()
     optimizer = SGD(model.parameters(), lr=0.1)
     with wdhook.attach(model, 1e-4, mode=mode, at="step", low_precision="round"):

@@ -223,7 +223,9 @@ def sees_own_decay(case: Case) -> bool:
     """Whether a step of an optimizer that decays is refused."""
     with prepared(case, own=λ) as (model, optimizer, hand):
         try:
-            with wdhook.attach(model, λ, **case.attach(optimizer, "coupled at backward")):
+            with wdhook.attach(
+                model, λ, mode="coupled", **case.attach(optimizer, "coupled at backward")
+            ):
                 case.loop(model, optimizer, batches(1)[0], hand)
         except wdhook.DoubleDecayError:
             return True

@@ -18,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT)]
 
+import make_optimizer_data  # noqa: E402
 import torch  # noqa: E402
 from catalogue import Case, Package, cases_of, packages  # noqa: E402
 from catalogue_verdict import MODES, verdict  # noqa: E402
@@ -102,6 +103,7 @@ def main(arguments: list[str]) -> int:
     if not check:
         tables = "\n".join(known[name] for name in packages() if name in known)
         PAGE.write_text(f"{intro}{START}\n\n{tables}")
+        make_optimizer_data.main()
     return 1 if stale else 0
 
 

@@ -66,7 +66,8 @@ def _label(name: str, index: Index) -> str:
 
 
 def aligned(rows: Sequence[Row], right: Iterable[int] = ()) -> list[str]:
-    """Rows as lines of text, with a rule below the heading; the columns in `right` are flush right."""
+    """Rows as lines of text, with a rule below the heading; the columns in `right` are flush
+    right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = set(right)
     lines = [

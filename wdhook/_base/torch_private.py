@@ -1,12 +1,14 @@
 """The one door to private parts of torch. Nothing else in the package reads them.
 
-Each has its reason here, and a test in tests/house/test_torch_private.py that fails when torch changes it.
+Each has its reason here, and a test in tests/house/test_torch_private.py that fails when torch
+changes it.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -31,11 +33,11 @@ graph_task_id: Callable[[], int] = torch._C._current_graph_task_id
 def at_the_end_of_the_pass(call: Callable[[], None]) -> None:
     """Let autograd make a call when the present backward pass ends, after all others'.
 
-    DistributedDataParallel and FSDP queue callbacks too, which write the gradients. A callback that is queued
-    by a callback comes after them.
+    DistributedDataParallel and FSDP queue callbacks too, which write the gradients. A callback
+    that is queued by a callback comes after them.
     """
     queue = torch.autograd.Variable._execution_engine.queue_callback
-    queue(lambda: queue(call))
+    queue(partial(queue, call))  # no Python frame, which Dynamo would look at
 
 
 def in_compiled_autograd() -> bool:
@@ -47,7 +49,8 @@ def in_compiled_autograd() -> bool:
 def register_first(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
     """Register a post-accumulate-grad hook that runs before the hooks which are there already.
 
-    An optimizer that steps inside the backward pass does so in such a hook, and decay comes before the step.
+    An optimizer that steps inside the backward pass does so in such a hook, and decay comes before
+    the step.
     """
     handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     hooks: Any = param._post_accumulate_grad_hooks
@@ -68,7 +71,8 @@ def hooks_of(param: Tensor) -> Mapping[int, Any]:
 
 
 def version(tensor: Tensor) -> int:
-    """Count of in-place changes, which views share with their base; -1 for a tensor of inference mode."""
+    """Count of in-place changes, which views share with their base; -1 for a tensor of inference
+    mode."""
     try:
         return tensor._version
     except RuntimeError:
@@ -135,7 +139,8 @@ def process_step_pre_hooks() -> dict[int, Any]:
 def never_compiled(function: _F) -> _F:
     """`torch.compiler.disable` at no cost for each call, and without an import of torch._dynamo.
 
-    A backward pass inside a compiled function would compile the hook anew for each shape of parameter.
+    A backward pass inside a compiled function would compile the hook anew for each shape of
+    parameter.
     Compiled autograd and a compiled step would inline what they call, with guards on windows and λ.
     """
     dynamo: Any = torch._C._dynamo.eval_frame
@@ -150,6 +155,18 @@ def never_compiled(function: _F) -> _F:
         'wdhook decays in hooks, which run in Python; at="step" has none in the backward'
     )
     return function
+
+
+# Distributed -----------------------------------------------------------------------------------
+
+
+def steps_in_communication_hook(replica: Any) -> bool:
+    """Tell a DistributedDataParallel module whose communication hook steps an optimizer.
+
+    The hooks of torch.distributed.algorithms that do so have "optimizer" in their names.
+    """
+    hooks = getattr(replica, "_comm_hooks", ())
+    return any("optimizer" in getattr(hook, "__qualname__", "") for hook, *_ in hooks)
 
 
 # Pipelines -------------------------------------------------------------------------------------

@@ -1,18 +1,18 @@
-"""``python -m wdhook demo``: its arguments, and the packages that it needs. The work is in `wdhook._commands.digits`."""
+"""``wdhook demo``: arguments and required packages. `digits` holds the trainings."""
 
 from __future__ import annotations
 
 import argparse
 
-from .shared import Commands, add_command, png, require
+from .shared import Commands, add_command, picture, require
 
 _PACKAGES = ("matplotlib", "rich", "sklearn", "tqdm")
 
 _DESCRIPTION = """\
 Train a small residual BatchNorm network on the scanned digits of scikit-learn four times, from the
 same weights, on the same batches: (a) no decay, (b) the optimizer's decay on everything, (c) the
-optimizer's param groups, written by hand, (d) wdhook.attach. Then print accuracy, norms and time per
-step, say whether (c) and (d) are equal to the last bit, and plot the norms over training.
+optimizer's param groups, written by hand, (d) wdhook.attach. Then print accuracy, norms and the
+ratio of times, say whether (c) and (d) are equal to the last bit, and plot the norms over training.
 
 exit status: 0 when (c) and (d) are equal to the last bit, 1 when they differ, 2 when it cannot run.
 """
@@ -47,10 +47,10 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--out",
-        type=png,
+        type=picture,
         default="demo.png",
-        metavar="PNG",
-        help="where the plot goes (default: demo.png)",
+        metavar="FILE",
+        help="the plot: .png, .svg or .pdf (default: demo.png)",
     )
 
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: a package of the extra is not installed.
     """
     require("the demo", _PACKAGES)
-    from .digits import demo
+    from .digits_report import demo
 
     return demo(arguments.seed, arguments.epochs, arguments.out)
 

@@ -1,11 +1,10 @@
-"""``python -m wdhook doctor``: one training step of the user, and what is wrong with its decay."""
+"""``wdhook doctor``: runs one training step of the user and reports mistakes in its decay."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Iterator
-from textwrap import wrap
 from typing import Any
 
 from .._decay.arguments import MODES, MOMENTS
@@ -13,19 +12,21 @@ from .._decay.attach import attach
 from .examination import Examination
 from .findings import SEVERITIES, Finding
 from .inputs import parse_kwargs
-from .plans import add_plan_arguments, overrides_of
-from .shared import FOUND, Commands, add_command
+from .plans import add_plan_arguments, near_selectors, overrides_of
+from .shared import FOUND, Commands, add_command, braced, counted, one_of
+from .tables import CYAN, RED, YELLOW, painted, paragraph
 from .targets import call, load, users_code
 from .training import CONTRACT, Training, training_of
 
 _DESCRIPTION = f"""\
-Run one training step of your model and optimizer, and report what is wrong with its weight decay: double
-decay, decay of biases and norms, parameters without an optimizer, in two, or without a gradient, decay that
-rounds away, a learning rate that cannot be read, a GradScaler that was not given, master weights. What the
-step changes is gone when the command ends.
+Run one training step of your model and optimizer, and report what is wrong with its weight decay:
+double decay; decay of biases and norms; parameters without an optimizer, in two, or without a
+gradient; decay that rounds away; an unreadable learning rate; a GradScaler that attach was not
+given; master weights. All changes of the step are gone when the command ends.
 
 {CONTRACT}
-exit status: 0 when nothing is wrong (notes do not count), 1 when something is, 2 when it cannot be told.
+exit status: 0 when nothing is wrong (notes do not count), 1 when something is, 2 when the step
+cannot be run.
 """
 
 _EXAMPLES = """\
@@ -37,8 +38,8 @@ examples:
   python -m wdhook doctor train.py:make --json | jq '.findings[].kind'
 """
 
-_WIDTH = 120
 _SHOWN = 6  # names of parameters in a finding; --json has all
+_COLOURS = {"error": RED, "warning": YELLOW, "note": CYAN}
 
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -54,28 +55,38 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("target", metavar="TARGET", help="my_file.py:make or package.module:make")
     parser.add_argument("--kwargs", metavar="NAME=VALUE,...", help="arguments of make; literals")
     parser.add_argument(
-        "--input", action="append", default=[], metavar="EXPR", help="of the model, without step"
+        "--input",
+        action="append",
+        default=[],
+        metavar="EXPR",
+        help="an input of the model, where make() returns no step",
     )
     parser.add_argument(
         "--json", action="store_true", help="print JSON; docs/command-line.md has its schema"
     )
-    attached = parser.add_argument_group(
-        "what is attached, where make() has not attached anything itself"
+    attached = parser.add_argument_group("the decay to attach, unless make() attaches its own")
+    attached.add_argument(
+        "--mode",
+        type=one_of(MODES),
+        metavar=braced(MODES),
+        default="coupled",
+        help="as in wdhook.attach (default: coupled)",
     )
     attached.add_argument(
-        "--mode", choices=MODES, default="coupled", help="as in wdhook.attach (default: coupled)"
+        "--at",
+        type=one_of(MOMENTS),
+        metavar=braced(MOMENTS),
+        default="backward",
+        help="as in wdhook.attach (default: backward)",
     )
     attached.add_argument(
-        "--at", choices=MOMENTS, default="backward", help="as in wdhook.attach (default: backward)"
-    )
-    attached.add_argument(
-        "--lr", type=float, metavar="LR", help="where it is not the one of the param group"
+        "--lr", type=float, metavar="LR", help="where the param group does not hold the one in use"
     )
     add_plan_arguments(attached, weight_decay=1e-4)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run a training step and print what was found.
+    """Run a training step and print the findings.
 
     Raises:
         UsageError: the target makes no training step, or its code raised an error.
@@ -85,9 +96,10 @@ def run(arguments: argparse.Namespace) -> int:
     with users_code(arguments.target):
         made = call(made, arguments.target, parse_kwargs(arguments.kwargs))
     training = training_of(made, arguments.target, arguments.input)
-    examination = Examination(
-        training, lambda: _attach(training, arguments), arguments.mode, arguments.at
-    )
+    with near_selectors(arguments, training.model):
+        examination = Examination(
+            training, lambda: _attach(training, arguments), arguments.mode, arguments.at
+        )
     examination.run()
     if arguments.json:
         print(json.dumps(_as_json(examination, arguments)))
@@ -111,7 +123,18 @@ def _attach(training: Training, arguments: argparse.Namespace) -> Any:
 
 
 def _as_json(examination: Examination, arguments: argparse.Namespace) -> dict[str, Any]:
-    training, engines = examination.training, examination.engines
+    training = examination.training
+    attached = []
+    for engine in examination.engines:
+        attached.append(
+            {
+                "by": "make" if examination.was_attached else "doctor",
+                "weight_decay": engine.weight_decay,
+                "mode": engine.settings.mode,
+                "at": engine.settings.at,
+                "decayed_tensors": len(engine.plan.decayed),
+            }
+        )
     return {
         "schema": "wdhook.doctor/1",
         "target": arguments.target,
@@ -119,42 +142,46 @@ def _as_json(examination: Examination, arguments: argparse.Namespace) -> dict[st
         "optimizers": [type(o).__name__ for o in training.optimizers],
         "steps": sum(examination.seen.steps.values()),
         "tensors": len(examination.names),
-        "attached": [
-            {"by": "make" if examination.was_attached else "doctor", "weight_decay": e.weight_decay,
-             "mode": e.settings.mode, "at": e.settings.at, "decayed_tensors": len(e.plan.decayed)}
-            for e in engines
-        ],
+        "attached": attached,
         "findings": [finding.as_dict() for finding in examination.findings],
-    }  # fmt: skip
+    }
 
 
 def _print(examination: Examination) -> None:
     training = examination.training
     kinds = ", ".join(type(o).__name__ for o in training.optimizers)
-    steps = sum(examination.seen.steps.values())
-    heard = f"{steps} step{'s' * (steps != 1)} heard"
-    print(f"{type(training.model).__name__}, {len(examination.names)} tensors; {kinds}, {heard}")
-    who = "attached by make()" if examination.was_attached else "attached for this look"
+    tensors = counted(len(examination.names), "tensor")
+    steps = counted(sum(examination.seen.steps.values()), "step")
+    print(f"{type(training.model).__name__}, {tensors}; {kinds}, {steps} seen")
+    by = "attached by make()" if examination.was_attached else "attached for this run"
     for engine in examination.engines:
         settings = engine.settings
-        print(f"{who}: {engine.plan!r}, mode={settings.mode!r}, at={settings.at!r}")
+        line = f"{by}: {engine.plan!r}, mode={settings.mode!r}, at={settings.at!r}"
+        print(*paragraph(line, later="  "), sep="\n")
     print()
     for finding in examination.findings:
         print(*_lines(finding), sep="\n", end="\n\n")
-    counts = [(sum(f.severity == s for f in examination.findings), s) for s in SEVERITIES]
-    print(", ".join(f"{count} {word}{'s' * (count != 1)}" for count, word in counts))
+    counts = []
+    for severity in SEVERITIES:
+        number = sum(finding.severity == severity for finding in examination.findings)
+        text = counted(number, severity)
+        counts.append(painted(text, _COLOURS[severity]) if number else text)
+    print(", ".join(counts))
 
 
 def _lines(finding: Finding) -> Iterator[str]:
-    yield from wrap(
-        f"{finding.severity}: {finding.what}  [{finding.kind}]", _WIDTH, subsequent_indent="  "
-    )
+    first, *rest = paragraph(f"{finding.severity}: {finding.what}  [{finding.kind}]", later="  ")
+    severity, colon, what = first.partition(":")
+    yield painted(severity, _COLOURS[finding.severity]) + colon + what
+    yield from rest
     if finding.parameters:
-        names, more = finding.parameters[:_SHOWN], len(finding.parameters) - _SHOWN
-        rest = f", ... {more} more" if more > 0 else ""
-        yield f"  parameters: {len(finding.parameters)}: {', '.join(names)}{rest}"
+        names = ", ".join(finding.parameters[:_SHOWN])
+        more = len(finding.parameters) - _SHOWN
+        if more > 0:
+            names += f", ... {more} more"
+        yield from paragraph(
+            f"parameters: {len(finding.parameters)}: {names}", indent="  ", later="    "
+        )
     for label, value in finding.facts.items():
         yield f"  {label}: {value}"
-    yield from wrap(
-        finding.do, _WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False
-    )
+    yield from paragraph(finding.do, indent="  ")

@@ -1,4 +1,4 @@
-"""Python values from the text of a command line: ``num_classes=10``, ``randn(2, 3, 32, 32)``. Parsed, never run."""
+"""Python values from a command line: ``num_classes=10``, ``randn(2, 3)``. Parsed, never run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from .shared import UsageError, first_line
+from .shared import UsageError, did_you_mean, first_line
 
 
 def parse_kwargs(text: str | None) -> dict[str, Any]:
-    """``"num_classes=10, act='gelu'"`` as a dict.
+    """Parse keyword arguments: ``"num_classes=10, act='gelu'"`` is a dict of two.
 
     Raises:
-        UsageError: it is not that, or a value is not a literal.
+        UsageError: the text has another form, or a value is not a literal.
     """
     try:
         call = ast.parse(f"f({text or ''})", mode="eval").body
@@ -44,14 +44,15 @@ _FACTORIES = (
 
 
 def parse_inputs(texts: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
-    """Positional and keyword inputs of a model, made anew at each call, from the same random numbers.
+    """Make positional and keyword inputs of a model, from the same random numbers at each call.
 
     Args:
         texts: each a literal, or a call of a torch factory such as ``randn(2, 3, 32, 32)`` or
-            ``randint(0, 100, (2, 16))``, with ``name=`` before it for a keyword input. It is parsed, not evaluated.
+            ``randint(0, 100, (2, 16))``, with ``name=`` before it for a keyword input. Texts are
+            parsed, not evaluated.
 
     Raises:
-        UsageError: an input is not that.
+        UsageError: an input has another form.
     """
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
@@ -79,36 +80,38 @@ def _parse_input(text: str) -> tuple[str | None, Any]:
         return name, _value(call.keywords[0].value)
     except (ValueError, TypeError, SyntaxError, RuntimeError) as error:
         raise UsageError(
-            f"`--input` must be a literal or a call of a torch factory.\n  got: {text!r}\n  {first_line(error)}\n"
+            "`--input` must be a literal or a call of a torch factory.\n"
+            f"  got: {text!r}\n  {first_line(error)}\n"
             f"  factories: {', '.join(_FACTORIES)}\n"
-            "  For example --input 'randn(2, 3, 224, 224)' or --input 'input_ids=randint(0, 100, (2, 16))'"
+            "  For example --input 'randn(2, 3, 224, 224)' "
+            "or --input 'input_ids=randint(0, 100, (2, 16))'"
         ) from error
 
 
 def _value(node: ast.expr) -> Any:
-    """The value of a literal, of a dtype, or of a call of a factory with such arguments."""
+    """Evaluate a literal, a dtype, or a call of a factory with such arguments."""
     if isinstance(node, ast.Call):
         factory = _name(node.func)
         if factory not in _FACTORIES:
-            raise ValueError(f"{ast.unparse(node.func)} is none of the factories")
+            near = did_you_mean(ast.unparse(node.func), _FACTORIES)
+            raise ValueError(f"{ast.unparse(node.func)} is none of the factories{near}")
         if any(keyword.arg is None for keyword in node.keywords):
             raise ValueError("** is not understood")
         named = {str(keyword.arg): _value(keyword.value) for keyword in node.keywords}
         return getattr(torch, factory)(*map(_value, node.args), **named)
     name = _name(node)
     if name is not None:
-        if not isinstance(dtype := getattr(torch, name, None), torch.dtype):
+        dtype = getattr(torch, name, None)
+        if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{ast.unparse(node)} is no dtype of torch")
         return dtype
     return ast.literal_eval(node)
 
 
 def _name(node: ast.expr) -> str | None:
-    """``randn`` of ``randn`` and of ``torch.randn``."""
-    if (
-        isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "torch"
-    ):
-        return node.attr
-    return node.id if isinstance(node, ast.Name) else None
+    """The name in ``randn`` and in ``torch.randn``; None for other expressions."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return node.attr if node.value.id == "torch" else None
+    return None

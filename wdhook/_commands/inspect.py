@@ -1,28 +1,32 @@
-"""``python -m wdhook inspect``: the plan of a model, which is built without memory for its parameters."""
+"""``wdhook inspect``: the plan of a model, built without memory for parameters."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from .. import plot
+from .._base.text import Row, fold_by
 from .._plan.decide import plan
 from .._plan.decision import Decision
-from .._plan.plan import Plan
+from .._plan.plan import Plan, PlanDiff
 from .._plan.recipes import RECIPES
-from .._plan.table import diff_rows, diff_table, headline, plan_rows, totals
-from .plans import add_plan_arguments, as_dict, diff_as_dict, overrides_of, print_table, sums
-from .shared import FOUND, PROGRAM, Commands, add_command, png, require
+from .._plan.table import diff_rows, diff_table, fold, headline, plan_rows, totals
+from .plans import add_plan_arguments, as_dict, diff_as_dict, near_selectors, overrides_of, sums
+from .shared import FOUND, Commands, add_command, braced, one_of, picture, require, say
+from .tables import FAINT, GREEN, paragraph, print_table
 from .targets import TARGETS, build_model
 
 _DESCRIPTION = f"""\
-Print which parameters of a model would be decayed, and why. The model is built on the meta device, where
-parameters have shapes and no memory: seven billion of them are no more work than seven thousand.
+Print which parameters of a model would be decayed, and why. The model is built on the meta device,
+where parameters have shapes and no memory: seven billion of them are no more work than seven
+thousand.
 
 {TARGETS}
-exit status: 0; with --diff 0 when both decide alike and 1 when not; 2 when it cannot be told.
+exit status: 0; with --diff 1 when the recipe decides differently; 2 when the model cannot be built.
 """
 
 _EXAMPLES = """\
@@ -30,13 +34,15 @@ examples:
   python -m wdhook inspect torchvision.models:resnet50
   python -m wdhook inspect timm:vit_base_patch16_224 --kwargs 'num_classes=10'
   python -m wdhook inspect hf:BertConfig --only guessed
+  python -m wdhook inspect hf:LlamaConfig --depth 2
   python -m wdhook inspect my_file.py:build_model --override 'layer4.*=0' --override norm=true
   python -m wdhook inspect torchvision.models:resnet50 --diff timm
-  python -m wdhook inspect hf:LlamaConfig --summary --plot plan.png
+  python -m wdhook inspect hf:LlamaConfig --summary --plot plan.svg
   python -m wdhook inspect my_file.py:build_model --json | jq '.parameters[] | select(.guess).name'
 """
 
-_ONLY = ("decayed", "exempt", "guessed")
+Only = Literal["decayed", "exempt", "guessed"]
+_ONLY: tuple[str, ...] = get_args(Only)
 
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -54,96 +60,194 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         "--kwargs", metavar="NAME=VALUE,...", help="arguments of what builds the model; literals"
     )
     add_plan_arguments(parser, weight_decay=1e-4)
-    parser.add_argument(
+    tables = parser.add_mutually_exclusive_group()
+    tables.add_argument(
         "--diff",
-        choices=list(RECIPES),
+        type=one_of(list(RECIPES)),
         metavar="NAME",
-        help="show what this recipe decides otherwise",
+        help="show what this recipe decides differently",
+    )
+    tables.add_argument(
+        "--depth",
+        type=_depth,
+        metavar="N",
+        help="show a row for each module at this depth: 1 is model.layer4, 2 is model.layer4.0",
     )
     parser.add_argument(
-        "--only", choices=_ONLY, help="show these parameters; the totals are of all"
+        "--only",
+        type=one_of(_ONLY),
+        metavar=braced(_ONLY),
+        help="show these parameters; the totals are of all",
     )
     parser.add_argument("--summary", action="store_true", help="show the totals alone")
     parser.add_argument(
-        "--plot", type=png, metavar="PNG", help="draw the plan too, with wdhook.plot.plan"
+        "--plot",
+        type=picture,
+        metavar="FILE",
+        help="draw the plan too, with wdhook.plot.plan: .png, .svg or .pdf",
     )
     parser.add_argument(
         "--json", action="store_true", help="print JSON; docs/command-line.md has its schema"
     )
 
 
+def _depth(text: str) -> int:
+    if text.isascii() and text.isdigit() and int(text) >= 1:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Print the plan, or its difference.
+    """Print the plan, or the difference to a recipe.
 
     Raises:
-        UsageError: the target cannot be built, or --plot lacks matplotlib.
-        ArgumentError: an override matches nothing.
+        UsageError: the target cannot be built, an override matches nothing, or matplotlib is
+            missing for --plot.
+        ArgumentError: an override has no meaning.
     """
-    model, why = build_model(arguments.target, arguments.kwargs, meta=True)
-    if why is not None:
-        print(
-            f"{PROGRAM} inspect: built on the CPU, as it cannot be built on the meta device: {why}",
-            file=sys.stderr,
-        )
-    made = plan(
-        model, arguments.weight_decay, overrides=overrides_of(arguments), recipe=arguments.recipe
-    )
     if arguments.plot is not None:
         require("--plot", ["matplotlib"])
+    model, why = build_model(arguments.target, arguments.kwargs, meta=True)
+    if why is not None:
+        say(arguments, f"built on the CPU, as it cannot be built on the meta device: {why}")
+    with near_selectors(arguments, model):
+        made = plan(
+            model,
+            arguments.weight_decay,
+            overrides=overrides_of(arguments),
+            recipe=arguments.recipe,
+        )
+    if arguments.plot is not None:
         plot.plan(made).savefig(arguments.plot)
+        say(arguments, f"wrote {arguments.plot}")
     diff = None
     if arguments.diff is not None:
         diff = made.diff(plan(model, arguments.weight_decay, recipe=arguments.diff))
     if arguments.json:
-        print(
-            json.dumps(
-                _as_json(
-                    made, arguments, None if diff is None else diff_as_dict(diff, arguments.diff)
-                )
-            )
-        )
+        print(json.dumps(_as_json(made, arguments, diff)))
     elif diff is None:
         _print_plan(made, arguments)
-    elif arguments.summary or not diff:
-        print(diff_table(diff).partition("\n")[0])
     else:
-        print(diff_table(diff).partition("\n")[0], end="\n\n")
-        print_table(diff_rows(diff))
+        _print_diff(diff, arguments.summary)
     return FOUND if diff else 0
 
 
-def _shown(made: Plan, only: str | None) -> list[Decision]:
+def _shown(made: Plan, only: Only | None) -> list[Decision]:
     if only == "guessed":
         return [d for d in made.values() if d.guess]
-    part = {"decayed": made.decayed, "exempt": made.exempt}.get(only or "", made)
-    return list(part.values())
+    if only == "decayed":
+        return list(made.decayed.values())
+    if only == "exempt":
+        return list(made.exempt.values())
+    return list(made.values())
+
+
+# -- as text ---------------------------------------------------------------------------------------
 
 
 def _print_plan(made: Plan, arguments: argparse.Namespace) -> None:
     everything, shown = list(made.values()), _shown(made, arguments.only)
-    print(headline(made.weight_decay, everything), end="\n\n")
-    if shown and not arguments.summary:
-        rows = plan_rows(shown)
-        print_table(rows, strong=[row[-1].startswith("guess") for row in rows[1:]])
-        print()
-    elif arguments.only and not arguments.summary:
-        print(f"no parameter is {arguments.only}", end="\n\n")
+    _print_headline(headline(made.weight_decay, everything))
+    if not arguments.summary:
+        if not shown:
+            print(
+                "no parameters\n"
+                if arguments.only is None
+                else f"no parameter is {arguments.only}\n"
+            )
+        elif arguments.depth is not None:
+            _print_modules(shown, arguments.depth)
+        else:
+            _print_decisions(shown)
     print_table(totals(everything), right=range(1, 5))
 
 
-def _as_json(
-    made: Plan, arguments: argparse.Namespace, diff: dict[str, Any] | None
-) -> dict[str, Any]:
-    everything = list(made.values())
-    roles = dict.fromkeys(d.role for d in everything)
+def _print_headline(text: str) -> None:
+    print(*paragraph(text), sep="\n", end="\n\n")
+
+
+def _print_decisions(decisions: Sequence[Decision]) -> None:
+    first = sorted(decisions, key=lambda d: not d.guess)
+    print_table(
+        plan_rows(decisions),
+        strong=[d.guess for _, d in fold(first)],
+        colours=[GREEN if d.weight_decay > 0 else FAINT for _, d in fold(first)],
+    )
+    print()
+
+
+def _print_diff(diff: PlanDiff, summary: bool) -> None:
+    head, _, _ = diff_table(diff).partition("\n")
+    print(head)
+    if diff and not summary:
+        print()
+        print_table(diff_rows(diff))
+
+
+# -- by module -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Module:
+    """Sums of the decisions below a module.
+
+    Attributes:
+        name: path in the model, cut at a depth; "(model)" for parameters of the model itself.
+        tensors: how many parameters, and `decayed_tensors` of them decayed.
+        elements: how many numbers, and `decayed_elements` of them decayed.
+    """
+
+    name: str
+    tensors: int
+    decayed_tensors: int
+    elements: int
+    decayed_elements: int
+
+
+def modules(decisions: Sequence[Decision], depth: int) -> list[Module]:
+    """Sum decisions by module at this depth, in the order of the model."""
+    held: dict[str, list[Decision]] = {}
+    for decision in decisions:
+        path = ".".join(decision.name.split(".")[:-1][:depth])
+        held.setdefault(path or "(model)", []).append(decision)
+    return [Module(name, **sums(mine)) for name, mine in held.items()]
+
+
+def _print_modules(decisions: Sequence[Decision], depth: int) -> None:
+    found = modules(decisions, depth)
+    folded = fold_by(found, _numbers)
+    rows: list[Row] = [("module", "tensors", "decayed", "elements", "decayed")]
+    for label, module in folded:
+        rows.append((label, *(f"{number:,}" for number in _numbers(module))))
+    colours = [GREEN if module.decayed_tensors else FAINT for _, module in folded]
+    print_table(rows, right=range(1, 5), colours=colours)
+    print()
+
+
+def _numbers(module: Module) -> tuple[int, ...]:
+    return module.tensors, module.decayed_tensors, module.elements, module.decayed_elements
+
+
+# -- as JSON ---------------------------------------------------------------------------------------
+
+
+def _as_json(made: Plan, arguments: argparse.Namespace, diff: PlanDiff | None) -> dict[str, Any]:
+    everything, shown = list(made.values()), _shown(made, arguments.only)
+    roles = {}
+    for role in dict.fromkeys(d.role for d in everything):
+        roles[str(role)] = sums([d for d in everything if d.role is role])
     found: dict[str, Any] = {
         "schema": "wdhook.inspect/1",
         "target": arguments.target,
         "weight_decay": made.weight_decay,
         "recipe": arguments.recipe,
         "totals": sums(everything),
-        "roles": {str(role): sums([d for d in everything if d.role is role]) for role in roles},
+        "roles": roles,
     }
     if not arguments.summary:
-        found["parameters"] = [as_dict(d) for d in _shown(made, arguments.only)]
-    return found if diff is None else {**found, "diff": diff}
+        found["parameters"] = [as_dict(d) for d in shown]
+    if arguments.depth is not None:
+        found["modules"] = [vars(module) for module in modules(shown, arguments.depth)]
+    if diff is not None:
+        found["diff"] = diff_as_dict(diff, arguments.diff)
+    return found

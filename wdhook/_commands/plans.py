@@ -1,21 +1,27 @@
-"""What the commands that make a plan share: its arguments, and the plan as a table and as JSON."""
+"""The arguments of `wdhook.plan` on a command line, and plans as JSON."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
-from importlib.util import find_spec
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
-from .._base.errors import ArgumentError
-from .._base.text import Row, aligned
+from torch import nn
+
+from .._base.errors import ArgumentError, SelectorError
 from .._base.validate import check_factor
 from .._plan.decision import Decision
 from .._plan.plan import PlanDiff
 from .._plan.recipes import RECIPES
+from .._roles.classifier import Role
+from .shared import UsageError, did_you_mean, one_of
+from .tables import print_table as print_table
 
 Override = tuple[str, float | bool]
+
+_ROLES = [str(role) for role in Role]
 
 
 def add_plan_arguments(parser: argparse._ActionsContainer, weight_decay: float) -> None:
@@ -25,11 +31,13 @@ def add_plan_arguments(parser: argparse._ActionsContainer, weight_decay: float) 
         type=_factor,
         default=weight_decay,
         metavar="λ",
-        help=f"per step (default: {weight_decay:g})",
+        help=f"per optimizer step (default: {weight_decay:g})",
     )
-    known = ", ".join(RECIPES)
     parser.add_argument(
-        "--recipe", choices=list(RECIPES), help=f"decide by a known rule: {known}", metavar="NAME"
+        "--recipe",
+        type=one_of(list(RECIPES)),
+        help=f"decide by a known rule: {', '.join(RECIPES)}",
+        metavar="NAME",
     )
     parser.add_argument(
         "--override",
@@ -37,7 +45,8 @@ def add_plan_arguments(parser: argparse._ActionsContainer, weight_decay: float) 
         action="append",
         default=[],
         metavar="SELECTOR=λ",
-        help="a glob on the name, or a role; λ is a number, or `true` for the one given; the last match wins",
+        help="a glob on the name, or a role, and a number, or `true` for the λ of --weight-decay; "
+        "the last match wins",
     )
 
 
@@ -58,7 +67,7 @@ def _override(text: str) -> Override:
 
 
 def overrides_of(arguments: argparse.Namespace) -> dict[str, float | bool] | None:
-    """The overrides of a command line; one that is given twice counts where it was given last."""
+    """Collect the overrides; a selector given twice counts at its last place."""
     found: dict[str, float | bool] = {}
     for selector, value in arguments.override:
         found.pop(selector, None)
@@ -66,29 +75,25 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, float | bool] | Non
     return found or None
 
 
-def print_table(
-    rows: Sequence[Row], right: Sequence[int] = (), strong: Sequence[bool] = ()
-) -> None:
-    """Print rows below their heading: by rich where it is installed and stdout is a terminal, else as plain text.
+@contextmanager
+def near_selectors(arguments: argparse.Namespace, model: nn.Module) -> Iterator[None]:
+    """Add similar roles and names to the error of an override without a match.
 
-    Args:
-        rows: the first is the heading.
-        right: columns that are flush right.
-        strong: for each row after the heading, whether it is to be seen first.
+    Raises:
+        UsageError: an override matches nothing.
     """
-    if not (sys.stdout.isatty() and find_spec("rich") is not None):
-        print(*aligned(rows, right), sep="\n")
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="right" if index in right else "left", overflow="fold")
-    for index, row in enumerate(rows[1:]):
-        table.add_row(*row, style="bold" if index < len(strong) and strong[index] else None)
-    Console(highlight=False, markup=False).print(table)
+    try:
+        yield
+    except SelectorError as error:
+        names = [name for name, _ in model.named_parameters()]
+        questions = []
+        for selector, _ in arguments.override:
+            if selector in _ROLES or any(fnmatchcase(name, selector) for name in names):
+                continue
+            near = did_you_mean(selector, [*_ROLES, *names])
+            if near:
+                questions.append(f"\n  {near.removeprefix('. ')}")
+        raise UsageError(f"{error}{''.join(questions)}") from error
 
 
 def as_dict(decision: Decision) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def as_dict(decision: Decision) -> dict[str, Any]:
 
 
 def sums(decisions: Sequence[Decision]) -> dict[str, int]:
-    """Tensors and elements, and how many of them are decayed."""
+    """Count tensors and elements, all and decayed."""
     decayed = [d for d in decisions if d.weight_decay > 0]
     return {
         "tensors": len(decisions),
@@ -118,11 +123,11 @@ def sums(decisions: Sequence[Decision]) -> dict[str, int]:
 
 def diff_as_dict(diff: PlanDiff, recipe: str) -> dict[str, Any]:
     """A difference as JSON."""
-    return {
-        "recipe": recipe,
-        "tensors": len(diff),
-        "elements": diff.numel,
-        "parameters": [
+    parameters = []
+    for name, (one, other) in diff.items():
+        if one is None or other is None:
+            continue  # never: both plans are of one model
+        parameters.append(
             {
                 "name": name,
                 "weight_decay": one.weight_decay,
@@ -130,7 +135,10 @@ def diff_as_dict(diff: PlanDiff, recipe: str) -> dict[str, Any]:
                 "reason": one.reason,
                 "other_reason": other.reason,
             }
-            for name, (one, other) in diff.items()
-            if one is not None and other is not None  # both plans are of one model
-        ],
+        )
+    return {
+        "recipe": recipe,
+        "tensors": len(diff),
+        "elements": diff.numel,
+        "parameters": parameters,
     }

@@ -1,23 +1,40 @@
-"""What all commands share: exit statuses, the mistake of a user, and how a parser looks."""
+"""Exit statuses, `UsageError` and the set-up of parsers, shared by all commands."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
-FOUND = 1  # the command did its work, and found what it looks for: a problem, a difference
-BAD_USAGE = 2  # argparse's own exit status for a mistake of the user
+from .help import HelpFormatter
 
-PROGRAM = "python -m wdhook"
+FOUND = 1  # the command worked, and found a problem or a difference
+BAD_USAGE = 2  # argparse's own exit status for a mistake of the user
+INTERRUPTED = 130  # a shell's status of a program that Ctrl-C ended: 128 + SIGINT
+CLOSED_PIPE = 141  # a shell's status of a program that SIGPIPE ended, as before `| head`
+
+MODULE = "python -m wdhook"
+SCRIPT = "wdhook"
+
+PICTURES = (".png", ".svg", ".pdf")
+
+# What pip calls a package that is imported by another name.
+_ON_PYPI: Mapping[str, str] = {"sklearn": "scikit-learn"}
 
 Commands = argparse._SubParsersAction  # its parsers are `argparse.ArgumentParser`
 
 
 class UsageError(Exception):
-    """A mistake of the user that is found after the arguments were parsed: printed without a traceback, status 2."""
+    """A mistake of the user found after parsing: printed without a traceback, status 2."""
+
+
+def program() -> str:
+    """Name this program as the user called it: ``wdhook`` or ``python -m wdhook``."""
+    return SCRIPT if Path(sys.argv[0]).stem == SCRIPT else MODULE
 
 
 def add_command(
@@ -29,39 +46,97 @@ def add_command(
     description: str,
     examples: str,
 ) -> argparse.ArgumentParser:
-    """Add the parser of one command, which leads to `run`; the texts keep their line breaks."""
+    """Add the parser of a command, and let it lead to `run`."""
     parser = commands.add_parser(
         name,
         help=summary,
         description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=examples.replace(MODULE, program()),
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.set_defaults(run=run, command=name)
     return parser
 
 
+def one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    """Make a `type=` of argparse for `choices`, with the nearest choice in its error.
+
+    Raises:
+        argparse.ArgumentTypeError: (of the function returned) the text is none of `choices`.
+    """
+
+    def choice(text: str) -> str:
+        if text in choices:
+            return text
+        raise argparse.ArgumentTypeError(
+            f"invalid choice: {text!r} (choose from {', '.join(choices)})"
+            f"{did_you_mean(text, choices)}"
+        )
+
+    return choice
+
+
+def braced(choices: Iterable[str]) -> str:
+    """Write choices like argparse in a usage line: ``{a,b}``."""
+    return f"{{{','.join(choices)}}}"
+
+
+def did_you_mean(text: str, known: Iterable[str]) -> str:
+    """A question to append to an error, or nothing where no known word is near."""
+    near = get_close_matches(text, list(known), n=3)
+    return f". Did you mean {' or '.join(near)}?" if near else ""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of the message of an error."""
-    return (str(error).strip().splitlines() or ["(no message)"])[0]
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "(no message)"
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun, in the singular for 1: "1 tensor", "0 tensors"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def with_article(noun: str) -> str:
+    """Put "a" or "an" before a noun."""
+    return f"an {noun}" if noun[:1].lower() in "aeiou" else f"a {noun}"
+
+
+def say(arguments: argparse.Namespace, sentence: str) -> None:
+    """Print a remark to stderr; stdout holds the answer alone."""
+    print(f"{program()} {arguments.command}: {sentence}", file=sys.stderr)
 
 
 def require(what: str, packages: Sequence[str]) -> None:
-    """Raise `UsageError` where `what` needs packages of the extra ``demo`` that are not installed."""
+    """Check for optional packages.
+
+    Raises:
+        UsageError: one is missing; `what` is the subject of the sentence.
+    """
     missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"{what} needs packages that are not installed: {', '.join(missing)}\n"
-            "  Install them: pip install 'wdhook[demo]'"
-        )
+    if not missing:
+        return
+    names = " ".join(_ON_PYPI.get(name, name) for name in missing)
+    raise UsageError(
+        f"{what} needs packages that are not installed: {', '.join(missing)}\n"
+        f"  Install them: pip install {names}"
+    )
 
 
-def png(text: str) -> Path:
-    """A path that can be written: found out before the training, not after it."""
+def picture(text: str) -> Path:
+    """A `type=` of argparse for pictures: checks suffix and place before any work.
+
+    Raises:
+        argparse.ArgumentTypeError: the suffix is none of `PICTURES`, or the place is not writable.
+    """
     path = Path(text)
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise argparse.ArgumentTypeError(f"must be the name of a .png file, got {text!r}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if path.suffix.lower() not in PICTURES or path.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"must be the name of a {', '.join(PICTURES[:-1])} or {PICTURES[-1]} file, got {text!r}"
+        )
+    place = path if path.exists() else path.parent
+    if not os.access(place, os.W_OK):
         raise argparse.ArgumentTypeError(f"cannot be written: {text!r}")
     return path

@@ -1,4 +1,4 @@
-"""What ``my_file.py:build`` and its kin name, and the model that it makes."""
+"""Loads targets such as ``my_file.py:build`` and builds their model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,33 +18,36 @@ from torch import nn
 
 from .._base.errors import WdhookError
 from .inputs import parse_kwargs
-from .shared import UsageError, first_line
+from .shared import UsageError, did_you_mean, first_line
+from .suggestions import listed, near_file, near_model_of_timm, near_package, place_and_name
 
 TARGETS = """\
 targets:
-  my_file.py:build             a function without arguments, a class, or a module object in a file
+  my_file.py:build             a function without arguments, a class, or a model in a file
   package.module:attribute     the same in anything that can be imported
   timm:vit_base_patch16_224    a model of timm, by the name that timm.create_model takes
-  hf:BertConfig                a configuration or a model class of transformers; nothing is downloaded
+  hf:BertConfig                a configuration or a model class of transformers, not downloaded
 """
 
 _KINDS = TARGETS.partition("\n")[2].rstrip()
 
 
-# -- what a target names ----------------------------------------------------------------------------------------
+# -- loading ---------------------------------------------------------------------------------------
 
 
 def load(target: str) -> Any:
-    """What `target` names: an object of a file or a package, or what builds a model of timm or transformers.
+    """Import the object of a target, or a function that builds a model of a library.
 
     Raises:
-        UsageError: there is no such thing, or importing it raised an error.
+        UsageError: there is no such object, or importing it raised an error.
     """
     place, _, attribute = target.rpartition(":")
     if not place or not attribute:
-        raise UsageError(f"`target` must be PLACE:NAME.\n  got: {target!r}\n{_KINDS}")
+        raise UsageError(
+            f"`target` must be PLACE:NAME.\n  got: {target!r}{place_and_name(target)}\n{_KINDS}"
+        )
     if place == "timm":
-        return partial(_imported("timm").create_model, attribute)
+        return _of_timm(attribute)
     if place == "hf":
         return _of_transformers(attribute)
     module = _run_file(Path(place)) if place.endswith(".py") else _imported(place)
@@ -53,21 +55,10 @@ def load(target: str) -> Any:
         return operator.attrgetter(attribute)(module)
     except AttributeError as error:
         raise UsageError(
-            f"`target` names something that is not there.\n  got: {target!r}\n"
-            f"  there are: {_listed(module, attribute)}\n"
+            f"`target` names an object that does not exist.\n  got: {target!r}\n"
+            f"  there are: {listed(module, attribute)}\n"
             "  Write PLACE:NAME with one of these names"
         ) from error
-
-
-def _listed(module: Any, like: str) -> str:
-    names = [
-        name for name, value in vars(module).items() if callable(value) and not name.startswith("_")
-    ]
-    shown = get_close_matches(like, names, n=5) or [
-        *names[:15],
-        *(["..."] if len(names) > 15 else []),
-    ]
-    return ", ".join(shown) or "no functions and no classes"
 
 
 def _imported(name: str) -> Any:
@@ -78,24 +69,26 @@ def _imported(name: str) -> Any:
         cause = error.__cause__
         if isinstance(cause, ModuleNotFoundError) and f"{name}.".startswith(f"{cause.name}."):
             raise UsageError(
-                f"`target` names a package that cannot be imported.\n  package: {name}\n"
-                f"  {cause}\n  Install it, or run the command in the folder that holds it; a file ends with .py"
+                f"`target` names a package that cannot be imported.\n"
+                f"  package: {name}{near_package(name)}\n  {cause}\n"
+                "  Install it, or run the command in the folder that holds it; a file ends with .py"
             ) from cause
         raise
 
 
 def _run_file(path: Path) -> Any:
-    """Import a file by its path. What lies beside it can be imported by it, as when Python runs it."""
+    """Import a file by path. The file can import its neighbours, like a script."""
     if not path.is_file():
         raise UsageError(
-            f"`target` names a file that does not exist.\n  file: {path}\n  folder: {Path.cwd()}"
+            f"`target` names a file that does not exist.\n  file: {path}{near_file(path)}\n"
+            f"  folder: {Path.cwd()}"
         )
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    name = (
-        path.stem if path.stem.isidentifier() and path.stem not in sys.modules else "_wdhook_target"
-    )
+    name = path.stem
+    if not name.isidentifier() or name in sys.modules:
+        name = "_wdhook_target"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None  # it ends with .py
     assert spec.loader is not None
@@ -110,6 +103,16 @@ def _run_file(path: Path) -> Any:
     return module
 
 
+def _of_timm(name: str) -> Callable[..., nn.Module]:
+    timm = _imported("timm")
+    if ":" not in name and not timm.is_model(name):  # "hf-hub:" and others are timm's to judge
+        raise UsageError(
+            f"timm has no model of this name.\n  got: {name!r}{near_model_of_timm(name)}\n"
+            "  timm.list_models() has all"
+        )
+    return partial(timm.create_model, name)
+
+
 def _of_transformers(name: str) -> Callable[..., nn.Module]:
     transformers = _imported("transformers")
     known = getattr(transformers, name, None)
@@ -120,36 +123,38 @@ def _of_transformers(name: str) -> Callable[..., nn.Module]:
         return lambda **kwargs: known(config(**kwargs))
     raise UsageError(
         "`hf:` takes a configuration or a model class of transformers: it downloads nothing.\n"
-        f"  got: {name!r}\n"
-        "  For example hf:BertConfig, or hf:BertForMaskedLM; its sizes with --kwargs 'num_hidden_layers=4'"
+        f"  got: {name!r}{did_you_mean(name, dir(transformers))}\n"
+        "  For example hf:BertConfig, or hf:BertForMaskedLM; "
+        "its sizes with --kwargs 'num_hidden_layers=4'"
     )
 
 
-# -- building ---------------------------------------------------------------------------------------------------
+# -- building --------------------------------------------------------------------------------------
 
 
 def build_model(
     target: str, kwargs: str | None = None, *, meta: bool = False
 ) -> tuple[nn.Module, str | None]:
-    """The model that `target` names or makes.
+    """Build the model of a target.
 
     Args:
         target: see `TARGETS`.
-        kwargs: keyword arguments of what makes the model, as ``"a=1, b='x'"``.
-        meta: build it on the meta device, where parameters have shapes and no memory.
+        kwargs: keyword arguments of the target, as ``"a=1, b='x'"``.
+        meta: build on the meta device, where parameters have shapes and no memory.
 
     Returns:
-        The model, and why it is on the CPU although `meta` was asked for (None if it is not).
+        The model; and the reason why it is on the CPU although `meta` was asked for, or None.
 
     Raises:
-        UsageError: there is no such thing, it raised an error, or it made something else.
+        UsageError: the target does not exist, raised an error, or made no model.
     """
     named = load(target)
     given = parse_kwargs(kwargs)
     if isinstance(named, nn.Module):
         if given:
             raise UsageError(
-                f"`--kwargs` is for what makes a model.\n  target: {target} is a model already"
+                "`--kwargs` are arguments of a function or a class.\n"
+                f"  target: {target} is a model already"
             )
         return named, None
     why = None
@@ -159,10 +164,8 @@ def build_model(
                 return _checked(named(**given), target), None
         except UsageError:
             raise
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # whatever it is: the CPU will tell whether it is the user's
+        except (Exception, SystemExit) as error:
+            # Perhaps an error of the user's, perhaps one of the meta device: the CPU decides.
             why = f"{type(error).__name__}: {first_line(error)}"
     with users_code(target):
         made = call(named, target, given)
@@ -170,10 +173,11 @@ def build_model(
 
 
 def call(named: Any, target: str, kwargs: dict[str, Any]) -> Any:
-    """Call what a target names."""
+    """Call the object of a target."""
     if not callable(named):
         raise UsageError(
-            f"`target` must name a function, a class or a model.\n  target: {target}\n  is: {type(named).__name__}"
+            "`target` must name a function, a class or a model.\n"
+            f"  target: {target}\n  is: {type(named).__name__}"
         )
     return named(**kwargs)
 
@@ -181,7 +185,8 @@ def call(named: Any, target: str, kwargs: dict[str, Any]) -> Any:
 def _checked(made: Any, target: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise UsageError(
-            f"`target` must make a torch.nn.Module.\n  target: {target}\n  made: {type(made).__name__}\n"
+            "`target` must make a torch.nn.Module.\n"
+            f"  target: {target}\n  made: {type(made).__name__}\n"
             "  Name a function that returns the model alone"
         )
     return made
@@ -189,9 +194,9 @@ def _checked(made: Any, target: str) -> nn.Module:
 
 @contextmanager
 def users_code(what: str) -> Iterator[None]:
-    """Run code of the user: what it prints goes to stderr, what it raises becomes a `UsageError` that says where.
+    """Run code of the user: prints go to stderr, errors become a `UsageError` with a place.
 
-    Errors of wdhook pass: they speak for themselves.
+    Errors of wdhook pass unchanged.
     """
     try:
         with redirect_stdout(sys.stderr):
@@ -199,25 +204,23 @@ def users_code(what: str) -> Iterator[None]:
     except (UsageError, WdhookError):
         raise
     except (Exception, SystemExit) as error:
-        raise UsageError(
-            "\n".join(
-                [
-                    f"{what} raised an error.",
-                    f"  {type(error).__name__}: {first_line(error)}",
-                    *_places(error),
-                ]
-            )
-        ) from error
+        cause = f"  {type(error).__name__}: {first_line(error)}"
+        lines = [f"{what} raised an error.", cause, *_places(error)]
+        raise UsageError("\n".join(lines)) from error
 
 
 def _places(error: BaseException) -> Iterator[str]:
-    """Where the user's code was entered, and where the error came from; not where in torch, if there is a choice."""
-    skipped = (str(Path(__file__).parents[1]), "<frozen", importlib.__file__)
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(skipped)
-    ]
-    frames = [
-        f for f in frames if not f.filename.startswith(str(Path(torch.__file__).parent))
-    ] or frames
-    for frame in frames[:1] + frames[1:][-1:]:
+    """The lines where the user's code was entered, and where the error was raised.
+
+    Lines in torch are left out, unless there are no others.
+    """
+    machinery = (str(Path(__file__).parents[1]), "<frozen", importlib.__file__)
+    torch_folder = str(Path(torch.__file__).parent)
+    frames = []
+    for frame in traceback.extract_tb(error.__traceback__):
+        if not frame.filename.startswith(machinery):
+            frames.append(frame)
+    outside = [frame for frame in frames if not frame.filename.startswith(torch_folder)]
+    shown = outside or frames
+    for frame in shown[:1] + shown[1:][-1:]:
         yield f"  at: {frame.filename}:{frame.lineno}, in {frame.name}"

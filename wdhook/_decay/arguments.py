@@ -68,7 +68,8 @@ def formula_of(mode: str | None, low_precision: str | None) -> Formula:
 def check_attach(
     model: object, weight_decay: object, misplaced: tuple[object, ...], at: object, foreach: object
 ) -> None:
-    """Raise for arguments of `attach` in the wrong place, and for those that have no meaning by themselves."""
+    """Raise for arguments of `attach` in the wrong place, and for those that have no meaning by
+    themselves."""
     check_model("attach", model)
     if misplaced:
         raise ArgumentError(
@@ -110,7 +111,8 @@ def check_model(function: str, model: object) -> None:
 
 
 def check_adopt(model: object, optimizer: Any) -> None:
-    """Raise for arguments of `adopt` that are in the wrong place, or that leave nothing to adopt."""
+    """Raise for arguments of `adopt` that are in the wrong place, or that leave nothing to
+    adopt."""
     check_model("adopt", model)
     if not hasattr(optimizer, "param_groups"):
         raise ArgumentError(
@@ -223,7 +225,8 @@ def _has_no_step(optimizer: Optimizer) -> bool:
 def check_steps_are_announced(
     at: str, optimizers: tuple[Any, ...], schedule: Schedule | None
 ) -> None:
-    """Raise where decay or a schedule waits for the steps of an optimizer that torch does not announce."""
+    """Raise where decay or a schedule waits for the steps of an optimizer that torch does not
+    announce."""
     for given in optimizers:
         for optimizer in innermost(given):
             if not announces_steps(optimizer):

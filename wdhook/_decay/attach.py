@@ -56,30 +56,34 @@ def attach(
 
     Args:
         model: the module whose parameters are decayed.
-        weight_decay: λ per optimizer step (not per backward); or a function of the number of finished steps that
-            gives it, such as those of `wdhook.schedules`; or a ready `Plan`.
+        weight_decay: λ per optimizer step (not per backward); or a function of the number of
+            finished steps that gives it, such as those of `wdhook.schedules`; or a ready `Plan`.
         misplaced: takes arguments that were given by position, to answer them with an error.
-        mode: None is ``"coupled"``, with a warning where the optimizer's own decay would be decoupled.
+        mode: None is ``"coupled"``, with a warning where the optimizer's own decay would be
+            decoupled.
             ``"coupled"``: g ← g + λ·p, as if ½·λ·‖p‖² were part of the loss (`torch.optim.SGD`).
-            ``"decoupled"``: p ← p·(1 − lr·λ) before the update (`torch.optim.AdamW`; Loshchilov & Hutter 2019).
+            ``"decoupled"``: p ← p·(1 − lr·λ) before the update (`torch.optim.AdamW`; Loshchilov &
+            Hutter 2019).
             ``"independent"``: p ← p·(1 − (lr/lr_peak)·λ), so that λ does not change with the base
             learning rate.
-        at: ``"backward"``: in a post-accumulate-grad hook, so that clipping and logging see the decay.
+        at: ``"backward"``: in a post-accumulate-grad hook, so that clipping and logging see the
+            decay.
             ``"step"``: just before the update, after accumulation, un-scaling and clipping, as the
             optimizer's own ``weight_decay`` would.
-        optimizer: the optimizer(s) that step the model. Needed for decoupled decay at ``"backward"``
+        optimizer: the optimizer(s) that step the model. Needed for decoupled decay at
+            ``"backward"``
             (unless `lr` is a number) and for optimizers that maximize; else any optimizer is heard.
-        lr: learning rate of decoupled decay, a number or a function of the param group that owns the
-            parameter, where it is not the group's ``lr``.
+        lr: learning rate of decoupled decay, a number or a function of the param group that owns
+            the parameter, where it is not the group's ``lr``.
         scaler: the ``GradScaler``, where coupled decay at ``"backward"`` meets a scaled loss.
         overrides: see `plan`.
         recipe: see `plan`.
-        foreach: as in ``torch.optim``, for the pass at the step: None chooses, True forces the foreach
-            implementation, False forbids it.
-        low_precision: for parameters in bfloat16 and float16, where p·(1 − lr·λ) mostly rounds to p. ``"defer"``, the
-            default of every mode but coupled: the factors are collected, and written when they can be
-            represented; `WeightDecay.flush` writes what is pending. ``"round"``: each step is rounded, as in
-            ``torch.optim``.
+        foreach: as in ``torch.optim``, for the pass at the step: None chooses, True forces the
+            foreach implementation, False forbids it.
+        low_precision: for parameters in bfloat16 and float16, where p·(1 − lr·λ) mostly rounds
+            to p. ``"defer"``, the default of every mode but coupled: the factors are collected,
+            and written when they can be represented; `WeightDecay.flush` writes what is pending.
+            ``"round"``: each step is rounded, as in ``torch.optim``.
 
     Returns:
         The handle; ``print(handle.plan)`` shows what is decayed and why.
@@ -92,8 +96,9 @@ def attach(
         AlreadyAttachedError: another handle decays some of these parameters.
         UnsupportedOptimizerError: decoupled decay cannot be taken out of this optimizer.
 
-    Nothing is registered when an error is raised. What can only be seen in the training loop is raised
-    there, before a step changes anything: `DoubleDecayError`, `MasterWeightsError`, `LossScaleError`.
+    Nothing is registered when an error is raised. What can only be seen in the training loop is
+    raised there, before a step changes anything: `DoubleDecayError`, `MasterWeightsError`,
+    `LossScaleError`.
 
     >>> import torch, wdhook
     >>> model = torch.nn.Linear(3, 2)
@@ -145,23 +150,24 @@ def adopt(
 ) -> WeightDecay:
     """Take over the decay that `optimizer` is configured with.
 
-    λ of each parameter is read from its param group; eligible parameters keep it, others are no longer
-    decayed, and ``weight_decay`` is set to 0 in the groups and in the optimizer's defaults.
+    λ of each parameter is read from its param group; eligible parameters keep it, others are no
+    longer decayed, and ``weight_decay`` is set to 0 in the groups and in the optimizer's defaults.
 
     Args:
         model: the module that `optimizer` trains.
         optimizer: with a non-zero ``weight_decay`` in at least one param group.
         mode: None picks the formula of the optimizer's own decay, where it is known.
         at: the default ``"step"`` is when the optimizer did it itself.
-        lr, scaler, overrides, recipe, foreach, low_precision: see `attach`. An override is absolute; its True
+        lr, scaler, overrides, recipe, foreach, low_precision: see `attach`. An override is
+            absolute; its True
             means the λ of the param group.
 
     Returns:
         The handle. `WeightDecay.remove` ends the decay; it does not give it back to the optimizer.
 
     Raises:
-        ArgumentError: `optimizer` does not decay, or its formula is not known and `mode` is None; and all
-            that `attach` raises. The optimizer is left as it was.
+        ArgumentError: `optimizer` does not decay, or its formula is not known and `mode` is None;
+            and all that `attach` raises. The optimizer is left as it was.
 
     >>> import torch, wdhook
     >>> model = torch.nn.Linear(3, 2)
@@ -211,7 +217,8 @@ def _mode_of(optimizer: Optimizer) -> Mode:
 
 
 def _check_owns_no_others(model: nn.Module, optimizer: Optimizer) -> None:
-    """Raise if the optimizer decays parameters of another model: their decay would be switched off."""
+    """Raise if the optimizer decays parameters of another model: their decay would be switched
+    off."""
     mine = {id(p) for p in model.parameters()}
     for index, group in enumerate(optimizer.param_groups):
         others = [p for p in group["params"] if id(p) not in mine]

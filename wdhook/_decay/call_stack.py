@@ -1,7 +1,10 @@
-"""What runs now, read off the call stack: nested steps, a GradScaler, a checkpoint that makes a state.
+"""What runs now, read off the call stack: nested steps, a GradScaler, a checkpoint that makes a
+state.
 
-A step that raised leaves no word behind, a scaler leaves no trace on an optimizer that it has un-scaled, and
-torch.distributed.checkpoint steps optimizers to make their state. The call stack is the only witness.
+A step that raised leaves no word behind, a scaler leaves no trace on an optimizer that it has
+un-scaled, and
+torch.distributed.checkpoint steps optimizers to make their state. The call stack is the only
+witness.
 """
 
 from __future__ import annotations

@@ -95,7 +95,8 @@ class Engine:
     def _model_died(self) -> None:
         if self.closed:
             return
-        # Parameters may be trained on without a module: exported graphs and functional code share them.
+        # Parameters may be trained on without a module: exported graphs and functional code share
+        # them.
         entries = self.state.parameters.entries()
         self._outliving = [weakref.ref(entry, self._entry_died) for entry in entries]
         self._entry_died(None)
@@ -161,6 +162,11 @@ class Engine:
         """The decisions on the model as it is now, with the present λ."""
         return self.state.parameters.plan(self.state.rate.weight_decay)
 
+    def last_plan(self) -> Plan:
+        """The decisions that were made, with the present λ; nothing new is decided."""
+        state = self.state
+        return state.parameters.plan(state.rate.weight_decay, decide=False)
+
     def set_weight_decay(self, value: float) -> None:
         """Change λ."""
         self.rules.check(Moment.SETTER, Facts(self.state, value=value))
@@ -177,7 +183,8 @@ class Engine:
         return view
 
     def cover(self, dues: Iterable[Due]) -> None:
-        """Hook what was decayed at a step and has no hook: it was unfrozen since, and its gradients are to be seen."""
+        """Hook what was decayed at a step and has no hook: it was unfrozen since, and its
+        gradients are to be seen."""
         if self.state.config.in_backward:
             for due in dues:
                 for param, _, entry in due:

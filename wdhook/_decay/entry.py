@@ -27,13 +27,34 @@ class Peak:
         self.value = value
 
 
+class Receipt:
+    """What several parameters were decayed with.
+
+    Attributes:
+        number: what the formula wrote with (`Formula.number`).
+        sign: -1.0 if it was for an optimizer that maximizes, else 1.0.
+        is_scaled: a loss scale took part.
+    """
+
+    __slots__ = ("is_scaled", "number", "sign")
+
+    def __init__(self, number: Number, sign: float = 1.0) -> None:
+        self.number = number
+        self.sign = sign
+        self.is_scaled = False
+
+
+_NOTHING = Receipt(0.0)
+
+
 class Terms:
     """The numbers that several parameters share, so that one foreach call can pay for all of them.
 
     Attributes:
         clock: counts the steps of their optimizer.
         place: the param group whose learning rate they have; None before an optimizer is known.
-        owner: the param group that is stepped; another one than `place` where a wrapper's schedule counts.
+        owner: the param group that is stepped; another one than `place` where a wrapper's schedule
+        counts.
         own: an absolute λ; None where λ is the handle's.
         peak: the largest learning rate so far.
         device, dtype: of the parameters.
@@ -93,22 +114,21 @@ def _group(place: Place | None) -> tuple[Any, dict[str, Any]] | None:
 class Entry(Window):
     """One decayed parameter: its window, its λ, and what its formula remembers.
 
-    A hook on the parameter owns the entry, which dies with the parameter. An entry does not refer to its parameter,
+    A hook on the parameter owns the entry, which dies with the parameter. An entry does not refer
+    to its parameter,
     not even weakly: `torch.utils.swap_tensors` refuses tensors with weak references.
 
     Attributes:
         name: of the parameter, in the model.
         own: an absolute λ; None where λ is the handle's.
         peak: the largest learning rate so far.
-        sign: -1.0 if the last payment was for an optimizer that maximizes, else 1.0.
-        number: what the last payment was made with (`Formula.number`); None where a loss scale took part.
-        written: the factor that the parameter was multiplied with, where it is another one than `number`; else None.
+        receipt: what the last payment was made with.
         terms: numbers shared with other parameters.
         handle: of the hook; None where there is none.
         memo: what the formula remembers of the parameter; None for a formula that remembers nothing.
     """
 
-    __slots__ = ("handle", "memo", "name", "number", "own", "peak", "sign", "terms", "written")
+    __slots__ = ("handle", "memo", "name", "own", "peak", "receipt", "terms")
 
     terms: Terms
 
@@ -117,9 +137,7 @@ class Entry(Window):
         self.name = name
         self.own = own
         self.peak = Peak()
-        self.sign = 1.0
-        self.number: Number | None = None
-        self.written: Number | None = None
+        self.receipt = _NOTHING
         self.handle: RemovableHandle | None = None
         self.memo: Memo | None = None
 

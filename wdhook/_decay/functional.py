@@ -42,7 +42,8 @@ def apply_weight_decay(
 ) -> None:
     """Decay every eligible parameter that has a gradient, once, now; no hooks.
 
-    Call it once per optimizer step, after the last ``loss.backward()`` of the step and before the step.
+    Call it once per optimizer step, after the last ``loss.backward()`` of the step and before the
+    step.
 
     Args:
         modules: one or more modules; a parameter that several of them share is decayed once.
@@ -166,8 +167,10 @@ def l2_penalty(
 ) -> Tensor:
     """½·Σ λ·‖p‖² over the eligible parameters, as a differentiable 0-dim tensor.
 
-    Add it to the loss in place of `attach`, or log it. Its gradient with respect to each eligible parameter
-    is λ·p, to the last bit. Low-precision parameters are summed in float32, and all on the device of the first.
+    Add it to the loss in place of `attach`, or log it. Its gradient with respect to each eligible
+    parameter
+    is λ·p, to the last bit. Low-precision parameters are summed in float32, and all on the device
+    of the first.
 
     Args:
         model, weight_decay, overrides, recipe: see `plan`.

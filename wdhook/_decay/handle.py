@@ -21,8 +21,8 @@ _NOTHING: Mapping[str, Any] = {**NO_PROGRESS, "memory": ()}
 class WeightDecay:
     """The handle of an attached model: change λ, pause, remove.
 
-    It is also a context manager that removes the decay at its end. The decay goes on without it: a handle
-    that is thrown away removes nothing. A copy or a pickle of a handle is detached.
+    It is also a context manager that removes the decay at its end. The decay goes on without it: a
+    handle that is thrown away removes nothing. A copy or a pickle of a handle is detached.
     """
 
     __slots__ = ("__weakref__", "_at", "_engine", "_mode", "_plan")
@@ -44,14 +44,15 @@ class WeightDecay:
         return self._at
 
     def remove(self) -> None:
-        """Remove every hook, those of the process too; the plan stays readable. May be called again.
+        """Remove every hook, those of the process too; the plan stays readable. May be called
+        again.
 
         What deferred decay has not written yet is written first, as by `flush`.
         """
         if self._engine is not None:
             if not self._engine.closed:
                 self._engine.flush()
-            self._plan = self._engine.plan
+            self._plan = self._engine.last_plan()
             self._engine.close()
             self._engine = None
 
@@ -89,7 +90,8 @@ class WeightDecay:
         """λ per optimizer step. Set it to change it; absolute λ of overrides and marks stay.
 
         Raises:
-            ArgumentError: (setter) not a number, negative or not finite; or the handle follows a schedule.
+            ArgumentError: (setter) not a number, negative or not finite; or the handle follows a
+            schedule.
         """
         return (
             self._plan.weight_decay
@@ -120,15 +122,19 @@ class WeightDecay:
         return self._plan if self._engine is None else self._engine.plan
 
     def snapshot(self, by: By = "role") -> Snapshot:
-        """Norms of parameters and gradients, the angle between them, and the share of the decay, by group.
+        """Norms of parameters and gradients, the angle between them, and the share of the decay,
+        by group.
 
-        Take it between ``backward()`` and ``step()``, un-scaled (``scaler.unscale_``) if the loss is. Nothing waits for
-        the device until the numbers are read, and nothing is computed for a handle of which no snapshot is taken. Of a
-        sharded parameter this rank's part counts. Decoupled and independent: it keeps a copy of the decayed parameters
-        until the step, whose change is what the decay is a share of.
+        Take it between ``backward()`` and ``step()``, un-scaled (``scaler.unscale_``) if the loss
+        is. Nothing waits for
+        the device until the numbers are read, and nothing is computed for a handle of which no
+        snapshot is taken. Of a
+        sharded parameter this rank's part counts. Decoupled and independent: it keeps a copy of
+        the decayed parameters until the step, whose change is what the decay is a share of.
 
         Args:
-            by: ``"role"``, ``"name"`` for each parameter by itself, or a function that names the group of a `Decision`.
+            by: ``"role"``, ``"name"`` for each parameter by itself, or a function that names the
+            group of a `Decision`.
 
         Raises:
             ArgumentError: `by` is something else.
@@ -139,7 +145,8 @@ class WeightDecay:
         >>> with torch.no_grad():
         ...     _ = model.weight.fill_(2.0)
         >>> decay = wdhook.attach(model, 0.5)
-        >>> model(torch.ones(1, 1)).sum().backward()  # the loss gives the weight a gradient of 1, the decay another 1
+        # the loss gives the weight a gradient of 1, the decay another 1
+        >>> model(torch.ones(1, 1)).sum().backward()
         >>> snapshot = decay.snapshot()
         >>> snapshot.to_dict()["groups"]["weight"]
         {'numel': 1, 'norm': 2.0, 'grad_norm': 1.0, 'cos': 1.0, 'share': 0.5}
@@ -152,8 +159,8 @@ class WeightDecay:
         return Snapshot(self._engine, by)
 
     def state_dict(self) -> dict[str, Any]:
-        """λ, what a schedule cannot recompute and what deferred decay has not written, as plain numbers (and tensors,
-        where ``lr`` is one).
+        """λ, what a schedule cannot recompute and what deferred decay has not written, as plain
+        numbers (and tensors, where ``lr`` is one).
         """
         progress = _NOTHING if self._engine is None else self._engine.save()
         return {"weight_decay": self.weight_decay, "mode": self.mode, **progress}
@@ -162,8 +169,8 @@ class WeightDecay:
         """Go on with the λ of `state`; a schedule goes on after the steps that had been finished.
 
         Raises:
-            ArgumentError: it is not a state of a handle, or one of another mode, or (for a handle with a schedule)
-                of one that had none.
+            ArgumentError: it is not a state of a handle, or one of another mode, or (for a handle
+                with a schedule) of one that had none.
         """
         # states of before there were schedules and memories have none
         state = {"finished_steps": (), "memory": (), **state}

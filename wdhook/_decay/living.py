@@ -8,7 +8,8 @@ from typing import Any
 
 
 def living(kind: type[Any]) -> Iterator[Any]:
-    """Every object of a class that the process holds. Slow; objects of other classes are asked nothing."""
+    """Every object of a class that the process holds. Slow; objects of other classes are asked
+    nothing."""
     for thing in gc.get_objects():
         if issubclass(type(thing), kind):
             yield thing

@@ -14,13 +14,17 @@ class Memo:
     """What a formula remembers of one parameter.
 
     Attributes:
-        product: decay that is counted and not written yet: the factor that is to be multiplied; None stands for 1.
+        product: decay that is counted and not written yet: the factor that is to be multiplied;
+            None stands for 1.
+        written: what the last payment multiplied the parameter with, where that is another factor
+            than the one it counted; else None.
     """
 
-    __slots__ = ("product",)
+    __slots__ = ("product", "written")
 
     def __init__(self) -> None:
         self.product: Number | None = None
+        self.written: Number | None = None
 
     def take(self, other: Memo) -> None:
         """Take over what another memo holds, and leave nothing there: it is written once."""

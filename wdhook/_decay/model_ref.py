@@ -42,7 +42,8 @@ class ModelRef:
 
 
 def _container(modules: Mapping[str, nn.Module | None]) -> nn.Module:
-    """A module that holds the living `modules` under their paths. Nothing is added to any of them."""
+    """A module that holds the living `modules` under their paths. Nothing is added to any of
+    them."""
     placed: dict[str, nn.Module] = {"": nn.Module()}
 
     def place(path: str) -> nn.Module:

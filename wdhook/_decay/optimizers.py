@@ -28,13 +28,14 @@ def learning_rate(group: Mapping[str, Any], given: LearningRate | None) -> Numbe
     """The learning rate of a step, from `given` if there is one, else from the param group.
 
     Raises:
-        LearningRateError: the group has none, or its ``lr`` is not what the update is multiplied with.
+        LearningRateError: the group has none, or its ``lr`` is not what the update is multiplied
+        with.
     """
     if callable(given):
         return _called(given, group)
     if given is not None:
         return given
-    lr: Number | None = group.get("lr")
+    lr: Any = group.get("lr")
     if lr is None:
         raise LearningRateError(
             Problem(
@@ -48,7 +49,7 @@ def learning_rate(group: Mapping[str, Any], given: LearningRate | None) -> Numbe
         "d" in group and "beta2_decay" not in group
     ):  # torch's Adafactor calls its clipping threshold `d`
         return _estimated(group)
-    return lr
+    return lr  # type: ignore[no-any-return]
 
 
 def _called(given: Callable[[Mapping[str, Any]], Number], group: Mapping[str, Any]) -> Number:
@@ -65,10 +66,13 @@ def _called(given: Callable[[Mapping[str, Any]], Number], group: Mapping[str, An
 
 
 def _estimated(group: Mapping[str, Any]) -> Number:
-    """The step of Prodigy and D-Adaptation: ``lr`` times the estimate ``d`` of the distance to the solution.
+    """The step of Prodigy and D-Adaptation: ``lr`` times the estimate ``d`` of the distance to the
+    solution.
 
-    They multiply an update with the estimate from before it, which is what the group holds now. Their forms
-    that are no kin of Adam (SGD, AdaGrad) have no ``betas``, and normalize the step by other things besides.
+    They multiply an update with the estimate from before it, which is what the group holds now.
+    Their forms
+    that are no kin of Adam (SGD, AdaGrad) have no ``betas``, and normalize the step by other
+    things besides.
     """
     corrected = group.get("use_bias_correction", False)
     kin_of_adam = "betas" in group and not group.get("bias_correction")
@@ -90,7 +94,8 @@ def _estimated(group: Mapping[str, Any]) -> Number:
 
 
 def known_rates(group: Mapping[str, Any]) -> list[Number]:
-    """Learning rates that torch's schedulers note in a group: those that it starts from or will reach."""
+    """Learning rates that torch's schedulers note in a group: those that it starts from or will
+    reach."""
     noted = (group.get("max_lr"), group.get("initial_lr"))
     return [rate for rate in noted if rate is not None]
 
@@ -150,8 +155,10 @@ def maximizes(optimizer: object, group: Mapping[str, Any]) -> bool:
 def announces_steps(optimizer: object) -> bool:
     """Tell an optimizer whose steps torch's hooks announce.
 
-    Not an object that is no torch Optimizer, nor one that updates inside the backward pass and inherits a
-    ``step`` that only raises NotImplementedError (LOMO), nor one whose ``step`` was replaced on the instance.
+    Not an object that is no torch Optimizer, nor one that updates inside the backward pass and
+    inherits a
+    ``step`` that only raises NotImplementedError (LOMO), nor one whose ``step`` was replaced on
+    the instance.
     """
     if not isinstance(optimizer, Optimizer):
         return False
@@ -163,7 +170,8 @@ def announces_steps(optimizer: object) -> bool:
 
 
 def _leads_to_class(step: Any, optimizer: Optimizer, depth: int = 4) -> bool:
-    """Tell a replacement of ``step`` that calls the step of the class, as LR schedulers and torch.compile put.
+    """Tell a replacement of ``step`` that calls the step of the class, as LR schedulers and
+    torch.compile put.
 
     Followed through ``__wrapped__``, bound methods, partials and the cells of closures.
     """
@@ -200,7 +208,8 @@ def only_accumulates(optimizer: object) -> bool:
 
 
 def zeroes_by_foreach(optimizer: object) -> bool:
-    """Tell ``zero_grad(set_to_none=False)`` by a foreach kernel: no version of a DTensor changes."""
+    """Tell ``zero_grad(set_to_none=False)`` by a foreach kernel: no version of a DTensor
+    changes."""
     defaults = getattr(optimizer, "defaults", {})
     return bool(defaults.get("foreach") or defaults.get("fused"))
 
@@ -219,7 +228,8 @@ def owned_ids(optimizers: Iterable[Any]) -> set[int]:
 
 
 def inner_optimizers(optimizer: object) -> Iterator[Optimizer]:
-    """Optimizers that `optimizer` holds, as SAM, Lookahead and accelerate's wrapper do; some hold several."""
+    """Optimizers that `optimizer` holds, as SAM, Lookahead and accelerate's wrapper do; some hold
+    several."""
     for value in getattr(optimizer, "__dict__", {}).values():
         for member in _members(value):
             if isinstance(member, Optimizer) and member is not optimizer:
@@ -272,9 +282,10 @@ def two_sequences(optimizer: object) -> Problem:
 def keeps_two_sequences(optimizer: Any) -> bool:
     """Tell an optimizer that moves the parameters towards a point that it keeps itself.
 
-    Seen from the methods or the group entry with which ScheduleFree switches, or, after the first step, from
-    the per-parameter state: the point ``z``, an average ``x_k``, or the start ``x0`` to which sums of
-    gradients are added.
+    Seen from the methods or the group entry with which ScheduleFree switches, or, after the first
+    step, from
+    the per-parameter state: the point ``z``, an average ``x_k``, or the start ``x0`` to which sums
+    of gradients are added.
     """
     if all(_is_own_method(optimizer, name) for name in ("train", "eval")):
         return True
@@ -289,7 +300,8 @@ def keeps_two_sequences(optimizer: Any) -> bool:
 
 
 def _is_own_method(optimizer: object, name: str) -> bool:
-    """Tell a method of the optimizer from one that a wrapper has for any optimizer, as accelerate's do."""
+    """Tell a method of the optimizer from one that a wrapper has for any optimizer, as
+    accelerate's do."""
     method = getattr(type(optimizer), name, None)
     module = getattr(method, "__module__", "") or ""
     return callable(method) and not module.startswith("accelerate.")

@@ -1,4 +1,5 @@
-"""Optimizers as far as they concern one handle: which decayed parameters each owns, and on which terms."""
+"""Optimizers as far as they concern one handle: which decayed parameters each owns, and on which
+terms."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ class View:
         self.unchecked = True
 
     def is_current(self, optimizer: Any) -> bool:
-        """The optimizer holds the parameters that it held when the view was made, in the same precision."""
+        """The optimizer holds the parameters that it held when the view was made, in the same
+        precision."""
         groups = optimizer.param_groups
         if len(groups) != len(self.params):
             return False
@@ -141,8 +143,8 @@ class Optimizers:
     def _lend(self, wrapper: Any) -> None:
         """Note the groups of a wrapper that was given.
 
-        Its schedule is the one that counts: ZeroRedundancyOptimizer hands it on at the step, after the
-        backward pass.
+        Its schedule is the one that counts: ZeroRedundancyOptimizer hands it on at the step, after
+        the backward pass.
         """
         inner = owned_ids(inner_optimizers(wrapper))
         for index, group in enumerate(wrapper.param_groups):
@@ -184,7 +186,8 @@ class Optimizers:
         return found
 
     def _buckets(self, view: View, optimizer: Any, index: int, pairs: list[Pair]) -> list[Bucket]:
-        """The decayed parameters of one group, by terms; each goes over to the clock of the optimizer."""
+        """The decayed parameters of one group, by terms; each goes over to the clock of the
+        optimizer."""
         blind = zeroes_by_foreach(optimizer)
         own = weakref.ref(optimizer), index
         new_peak = Peak()
@@ -216,7 +219,8 @@ class Optimizers:
         return known is not None and self.was_given(known[0]) and not self.was_given(optimizer)
 
     def _release(self, view: View, before: list[Pair]) -> None:
-        """Let go of what the optimizer no longer owns: its steps are no longer steps of those parameters."""
+        """Let go of what the optimizer no longer owns: its steps are no longer steps of those
+        parameters."""
         kept = {id(param) for param, _ in view.pairs()}
         orphans = [(p, e) for p, e in before if id(p) not in kept and e.clock is view.clock]
         if not orphans:

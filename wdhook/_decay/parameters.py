@@ -1,12 +1,13 @@
-"""The parameters of one attached model: what was decided for each tensor, and the entries of the decayed ones.
+"""The parameters of one attached model: what was decided for each tensor, and the entries of the
+decayed ones.
 
 A decision belongs to a tensor, whatever the tensor is called later. A tensor is recognised
 
 1. by itself: the same object, in the same place or with the same memory;
 2. by its place: another tensor of the same shape under the same local name of the same module
    (``load_state_dict(assign=True)``, sharding, conversion, materialisation);
-3. by its name: the tensor that had the name is gone from the model, and owner type and shape are the same
-   (a module that was replaced by a copy).
+3. by its name: the tensor that had the name is gone from the model, and owner type and shape are
+   the same (a module that was replaced by a copy).
 
 Any other tensor is decided when it is met, by what it is then.
 """
@@ -24,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from .._base.torch_private import is_storage_of, storage_of
 from .._plan.decision import Decision
 from .._plan.plan import Plan, former_name, inherited
-from .._roles.marks import is_flattened
+from .._roles.marks import bare_name, is_flattened
 from .entry import Entry, Terms
 from .model_ref import ModelRef
 
@@ -60,7 +61,8 @@ class Known:
         return self.local == found.local and self.module() is found.module
 
     def fits(self, found: Found) -> bool:
-        """Tell a tensor that may have replaced this one: owner type and global shape are the same."""
+        """Tell a tensor that may have replaced this one: owner type and global shape are the
+        same."""
         kinds = {
             kind.__qualname__ for kind in type(found.module).__mro__
         }  # FSDP2 makes sub-classes
@@ -117,7 +119,8 @@ class Parameters:
                     yield Found(f"{path}.{local}" if path else local, module, local, param)
 
     def decided(self) -> dict[int, Known]:
-        """id → what was decided, for every parameter of the model now; new tensors are decided by this call."""
+        """id → what was decided, for every parameter of the model now; new tensors are decided by
+        this call."""
         found = list(self.walk())
         result: dict[int, Known] = {}
         strangers = []
@@ -159,24 +162,34 @@ class Parameters:
             former = former_name(one.name)
             above, _, local = former.rpartition(".")
             old = places.get((id(paths.get(above)), local)) or undone.get(former)
-            renamed = old is not None and old.decision.name != one.name
-            decision = inherited(newer[one.name], old.decision if renamed else None)
+            decision = newer[one.name]
+            if old is not None and old.decision.name != one.name:
+                decision = inherited(decision, old.decision)
             result[id(one.param)] = Known(decision, one)
         return result
 
     # ---------------------------------------------------------------- decisions
 
-    def plan(self, weight_decay: float) -> Plan:
-        """The decisions on the model as it is now, by the names that parameters have now."""
+    def plan(self, weight_decay: float, decide: bool = True) -> Plan:
+        """The decisions on the model as it is now, by the names that parameters have now.
+
+        Args:
+            weight_decay: λ now.
+            decide: new tensors are decided; else they are left out.
+        """
         if not self._model_ref.is_alive():
             return self._plan.scaled_to(weight_decay)
-        found = {id(one.param): one.name for one in self.walk()}
-        known = self.decided()
-        renamed = {found[key]: k.decision for key, k in known.items() if key in found}
-        if list(renamed.items()) == list(self._plan.items()):
-            plan = self._plan
-        else:
-            plan = self._plan.renamed(renamed)
+        known = self.decided() if decide else self._known
+        renamed: dict[str, Decision] = {}
+        for one in self.walk():
+            if id(one.param) not in known:
+                continue
+            decision = known[id(one.param)].decision
+            wrapped = bare_name(one.name) == bare_name(decision.name)
+            renamed[decision.name if wrapped else one.name] = decision
+        plan = self._plan
+        if list(renamed.items()) != list(plan.items()):
+            plan = plan.renamed(renamed)
         return plan if plan.weight_decay == weight_decay else plan.scaled_to(weight_decay)
 
     def governed(self) -> dict[int, str]:
@@ -233,7 +246,8 @@ class Parameters:
 
 
 def _shape(param: Tensor) -> tuple[int, ...]:
-    """Global shape; () for an uninitialized parameter. ZeRO-3 keeps the true shape in `ds_shape`."""
+    """Global shape; () for an uninitialized parameter. ZeRO-3 keeps the true shape in
+    `ds_shape`."""
     if is_lazy(param):
         return ()
     shape = getattr(param, "ds_shape", None)

@@ -1,17 +1,24 @@
-"""Decay in the backward pass: hooks note parameters, and one payment for all of them comes at the end.
+"""Decay in the backward pass: hooks note parameters, and one payment for all of them comes at the
+end.
 
-A hook does not write. Its first call in a pass lets autograd make a call at the end, after the calls of
-DistributedDataParallel and FSDP, which write averaged gradients: so decay is added once, after averaging, as
-`torch.optim` does it. Where the end would be too late the hook pays at once: where another post-accumulate hook of
+A hook does not write. Its first call in a pass lets autograd make a call at the end, after the
+calls of
+DistributedDataParallel and FSDP, which write averaged gradients: so decay is added once, after
+averaging, as
+`torch.optim` does it. Where the end would be too late the hook pays at once: where another
+post-accumulate hook of
 the parameter may step it, under compiled autograd, and outside of a backward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from .._base.torch_private import (
@@ -22,10 +29,13 @@ from .._base.torch_private import (
     is_view,
     never_compiled,
     register_first,
+    steps_in_communication_hook,
+    version,
 )
 from . import tensors
-from .entry import Due, Entry
+from .entry import Due, Entry, Terms
 from .formulas import How
+from .living import living
 from .optimizers import decays_itself, is_capturable
 from .payment import pay
 from .rules.base import Facts, Rules
@@ -69,7 +79,8 @@ class Hook(Entry):
 
 
 class Sentinel:
-    """A hook on one of a few parameters, where decay waits for a step: notices that none is announced."""
+    """A hook on one of a few parameters, where decay waits for a step: notices that none is
+    announced."""
 
     __slots__ = ("handle", "name", "unannounced")
 
@@ -100,6 +111,10 @@ class Passes:
         self._rules = rules
         self._witness = Witness(state, rules)
         self._sentinels: list[Sentinel] = []
+        self._steps_in_hooks: bool | None = None  # once looked for
+        self._first: tuple[Tensor, int] | None = (
+            None  # the first parameter of the pass, and its version
+        )
         self.notes: dict[int, list[Note]] = {}
         self.others = True
         self.unannounced = Unannounced(state, rules)
@@ -130,23 +145,33 @@ class Passes:
     def begin(self, param: Tensor, hook: Hook) -> list[Note]:
         """A list for the notes of a pass that has just called its first hook."""
         self.waiting += 1
-        self.unannounced.look(hook, param)
+        if not self._state.announced and not self._is_stepped_in_hooks():
+            self.unannounced.look(hook, param)
         if self.waiting > _PATIENCE and self._state.config.schedule is not None:
             self._rules.tell("schedule-waits", Facts(self._state))
         task = graph_task_id()
         self.others = not is_distributed()
-        if task < 0 or in_compiled_autograd():
+        if task < 0 or in_compiled_autograd() or self._is_stepped_in_hooks():
             return _AtOnce(self)
+        self._first = param, version(param)
         notes = self.notes.setdefault(task, [])
-        at_the_end_of_the_pass(lambda: self.end(task))
+        at_the_end_of_the_pass(partial(self.end, task))
         return notes
 
+    def _is_stepped_in_hooks(self) -> bool:
+        """A communication hook of DistributedDataParallel steps parameters in the backward pass."""
+        if self._steps_in_hooks is None:
+            replicas = living(DistributedDataParallel) if is_distributed() else ()
+            self._steps_in_hooks = any(map(steps_in_communication_hook, replicas))
+        return self._steps_in_hooks
+
     def look(self, hook: Hook, param: Tensor) -> None:
-        """A gradient has come to a parameter that is paid: reopen its window if that decay is gone."""
+        """A gradient has come to a parameter that is paid: reopen its window if that decay is
+        gone."""
         grad = param.grad
         if grad is None:
             return
-        evidence = hook.when_gradient_comes(grad)
+        evidence = hook.when_gradient_comes(grad, in_buckets=is_distributed())
         in_gradient = self._state.config.in_gradient
         answer = self._table(hook)[evidence]
         zeroed = answer is Answer.ASK and self._witness.says_zeroed(hook, grad)
@@ -158,10 +183,10 @@ class Passes:
                 self._tell("sums-without-graph", hook)
             hook.reopen(zeroed_in_place=zeroed)
         elif answer is Answer.REFUSE:
-            hook.unknown = True
+            hook.doubt()
         elif in_gradient:
             hook.look(grad)  # now: a pass that raises has no end
-            if answer is Answer.ASK and not (is_view(grad) or hook.blind or is_distributed()):
+            if answer is Answer.ASK and _is_change_by_user(hook, grad):
                 self._tell("changed-between", hook)
         else:
             self._tell("second-gradient", hook)
@@ -180,8 +205,14 @@ class Passes:
     def end(self, task: int) -> None:
         """Pay for what a pass has noted."""
         notes = self.notes.pop(task, None)
-        if notes:
-            self.pay(notes)
+        if not notes:
+            return
+        param, hook, steps = notes[0]
+        first, self._first = self._first, None
+        same = first is not None and first[0] is param and hook.clock.steps == steps
+        if same and first is not None and version(param) != first[1]:
+            self._tell("moved-in-the-pass", hook)
+        self.pay(notes)
 
     def pay_now(self, notes: list[Note]) -> None:
         """Pay for the last note: another hook of the parameter comes next, and may step it."""
@@ -189,50 +220,58 @@ class Passes:
             self.pay([notes.pop()])
 
     def forget(self) -> None:
-        """Forget the notes of passes that raised: no pass runs while an optimizer of another thread steps."""
+        """Forget the notes of passes that raised: no pass runs while an optimizer of another
+        thread steps."""
         self.notes.clear()
 
     def pay(self, notes: list[Note]) -> None:
         """Pay for noted parameters whose gradient is there and holds no decay."""
         state = self._state
-        dues: dict[int, Due] = {}
+        dues: dict[Terms, Due] = {}
         for param, hook, steps in notes:
             grad = param.grad
-            if hook.clock.steps != steps:
-                continue  # stepped meanwhile, and decayed by that step
             if grad is None:
                 state.taken.add(hook.name)
                 continue
             if hook.stamp == steps and not grad.is_sparse:
                 hook.look(grad)  # averaged since, or moved into a bucket
                 continue
-            due = dues.get(id(hook.terms))
+            if hook.clock.steps != steps:
+                continue  # stepped meanwhile, and decayed by that step
+            if hook.buffer is None:
+                hook.born = min(hook.born, version(grad))
+            due = dues.get(hook.terms)
             if due is None:
-                due = dues[id(hook.terms)] = Due(hook.terms)
-            hook.note_birth(grad)
-            due.add(param, grad, hook)
-        if not state.pauses and dues:
+                due = dues[hook.terms] = Due(hook.terms)
+            due.params.append(param)
+            due.grads.append(grad)
+            due.entries.append(hook)
+        if dues and not state.pauses:
             pay(state, self._payable(dues), self._how)
-        param, hook, _ = notes[0]
-        self.unannounced.remember(hook, param)
+        if not state.announced:
+            param, hook, _ = notes[0]
+            self.unannounced.remember(hook, param)
 
-    def _payable(self, dues: dict[int, Due]) -> list[Due]:
+    def _payable(self, dues: dict[Terms, Due]) -> list[Due]:
         """What can be paid now. A group that the optimizer decays itself is refused by its step."""
         if self._state.config.in_gradient:
             return list(dues.values())
-        self._refresh()
-        again: dict[int, Due] = {}
-        for due in dues.values():  # a param group may have changed since
-            for param, grad, entry in due:
-                known = entry.terms.owner_group()
-                if known is None or not decays_itself(known[1]):
-                    again.setdefault(id(entry.terms), Due(entry.terms)).add(param, grad, entry)
-        return list(again.values())
+        if self._refresh():
+            dues = _sorted_anew(dues.values())
+        payable = []
+        for due in dues.values():
+            known = due.terms.owner_group()
+            if known is None or not decays_itself(known[1]):
+                payable.append(due)
+        return payable
 
-    def _refresh(self) -> None:
-        """Look again at optimizers whose groups have changed: a learning rate belongs to a group."""
+    def _refresh(self) -> bool:
+        """Look again at optimizers whose groups have changed: a learning rate belongs to a
+        group."""
+        before = [view.changes for view in self._state.optimizers.views()]
         for optimizer in self._state.optimizers.met():
             self._state.optimizers.meet(optimizer)
+        return before != [view.changes for view in self._state.optimizers.views()]
 
     def _how(self, due: Due) -> How:
         config = self._state.config
@@ -240,7 +279,23 @@ class Passes:
         if config.in_gradient:
             scale = tensors.loss_scale(config.scaler, due.grads[0].device)
         capturable = is_capturable(due.terms.owner_group())
-        return How(config.foreach, scale, None, capturable, tensors.is_capturing())
+        capturing = tensors.is_capturing()
+        return How(config.foreach, scale, None, capturable, capturing, by_autograd=True)
+
+
+def _is_change_by_user(hook: Hook, grad: Tensor) -> bool:
+    """A change that is seen for certain, and that torch's own machinery has not made."""
+    by_torch = is_distributed() or in_compiled_autograd()
+    return not (is_view(grad) or hook.blind or by_torch)
+
+
+def _sorted_anew(dues: Iterable[Due]) -> dict[Terms, Due]:
+    """The same parameters by the terms that they have now."""
+    again: dict[Terms, Due] = {}
+    for due in dues:
+        for param, grad, entry in due:
+            again.setdefault(entry.terms, Due(entry.terms)).add(param, grad, entry)
+    return again
 
 
 class _AtOnce(list[Note]):

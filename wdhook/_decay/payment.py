@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import ref
 
 import torch
 
-from .entry import Due
+from .._base.torch_private import is_view, local_version, version
+from .entry import Due, Receipt
 from .formulas import How, Rest
 from .state import State
-from .tensors import Number
 
 
 def pay(state: State, dues: list[Due], how: Callable[[Due], How]) -> list[Rest]:
     """Decay the parameters of each `Due`, and mark them as paid.
 
-    An error while the numbers are computed comes before anything is changed. An error while something is written
-    leaves the parameters of that `Due` in doubt: the next step refuses them.
+    An error while the numbers are computed comes before anything is changed. An error while
+    something is written leaves the parameters of that `Due` in doubt: the next step refuses them.
 
     Args:
         state: of the handle.
@@ -30,41 +31,46 @@ def pay(state: State, dues: list[Due], how: Callable[[Due], How]) -> list[Rest]:
         LearningRateError: a learning rate is missing or has no meaning.
     """
     formula = state.config.formula
-    priced: list[tuple[Due, Number, float]] = []
+    priced: list[tuple[Due, Receipt]] = []
     for due in dues:
         rates = state.rate.of(due.terms, formula)
         if rates is not None and rates.weight_decay:
-            priced.append((due, formula.number(rates), rates.sign))
+            priced.append((due, Receipt(formula.number(rates), rates.sign)))
     rests: list[Rest] = []
     with torch.no_grad():
-        for due, number, sign in priced:
-            for entry in due.entries:
-                entry.number = number
-                entry.written = None
+        for due, receipt in priced:
+            circumstances = how(due)
+            receipt.is_scaled = circumstances.scale is not None
             try:
-                rest = formula.pay_(due, number, how(due))
+                rest = formula.pay_(due, receipt.number, circumstances)
             except BaseException:
-                _doubt(due)
+                for entry in due.entries:
+                    entry.doubt()
                 raise
-            for _, grad, entry in due:
-                entry.pay(grad)
-                entry.sign = sign
+            _mark(due, receipt)
             if rest is not None:
                 rests.append(rest)
-    _look_again(priced)
+    if len(priced) > 1 or any(is_view(due.grads[0]) for due, _ in priced):
+        _look_again(priced)
     return rests
 
 
-def _doubt(due: Due) -> None:
+def _mark(due: Due, receipt: Receipt) -> None:
+    """`Window.pay` for many, without a call for each: the cost is paid for each tensor in each
+    step."""
+    sharded = not due.terms.plain
     for _, grad, entry in due:
-        entry.pay(grad)
-        entry.unknown = True
+        entry.receipt = receipt
+        entry.stamp = entry.clock.steps
+        entry.buffer = ref(grad)
+        entry.version = version(grad)
+        if sharded:
+            entry.local = local_version(grad)
 
 
-def _look_again(priced: list[tuple[Due, Number, float]]) -> None:
-    """Note the versions once more: slices of one buffer share them, and later writes have changed them."""
-    if len(priced) < 2 and not any(due.grads[0]._is_view() for due, _, _ in priced):
-        return
-    for due, _, _ in priced:
+def _look_again(priced: list[tuple[Due, Receipt]]) -> None:
+    """Note the versions once more: slices of one buffer share them, and later writes have changed
+    them."""
+    for due, _ in priced:
         for _, grad, entry in due:
             entry.look(grad)

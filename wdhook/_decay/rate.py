@@ -26,7 +26,8 @@ NO_PROGRESS: Mapping[str, Any] = {"lr_peaks": (), "finished_steps": ()}
 class Rate:
     """The numbers that decay is computed with, and their place in a checkpoint.
 
-    λ belongs to a clock: each optimizer counts its own steps, and a schedule is a function of that count.
+    λ belongs to a clock: each optimizer counts its own steps, and a schedule is a function of that
+    count.
     """
 
     def __init__(self, weight_decay: float, schedule: Schedule | None, lr: LearningRate | None):
@@ -74,14 +75,16 @@ class Rate:
         """The numbers of a payment now; None where no learning rate can be known yet.
 
         Raises:
-            LearningRateError: the learning rate is missing, negative, not finite or not the effective one.
+            LearningRateError: the learning rate is missing, negative, not finite or not the
+            effective one.
         """
         owner, known = terms.owner_group(), terms.group()
         sign = -1.0 if owner is not None and maximizes(*owner) else 1.0
         if not formula.needs_lr:
             return Rates(terms.weight_decay, sign=sign)
         if known is None and terms.place is not None:
-            return None  # the optimizer is gone, or its group: a parameter that is not stepped does not shrink
+            # the optimizer is gone, or its group: a parameter that is not stepped does not shrink
+            return None
         lr = self._learning_rate(None if known is None else known[1], formula)
         if lr is None:
             return None
@@ -128,8 +131,8 @@ class Rate:
     def save(self, entries: Iterable[Entry]) -> dict[str, Any]:
         """``lr_peaks``: parameter → lr; ``finished_steps``: parameter → steps of its optimizer.
 
-        Each in a tuple, which torch.distributed.checkpoint saves as one object: it looks into lists and
-        mappings, and then loads no more than the keys that are there already.
+        Each in a tuple, which torch.distributed.checkpoint saves as one object: it looks into
+        lists and mappings, and then loads no more than the keys that are there already.
         """
         peaks, steps = dict(self._saved_peaks), dict(self._saved_steps)
         for entry in entries:
@@ -140,7 +143,8 @@ class Rate:
         return {"lr_peaks": (peaks,) if peaks else (), "finished_steps": finished}
 
     def load(self, state: Mapping[str, Any], entries: Iterable[Entry]) -> None:
-        """Undo of `save`. What is saved of parameters that are not known waits until they are met."""
+        """Undo of `save`. What is saved of parameters that are not known waits until they are
+        met."""
         self._saved_peaks = {n: lr for known in state["lr_peaks"] for n, lr in known.items()}
         self._saved_steps = {n: k for known in state["finished_steps"] for n, k in known.items()}
         shared: dict[Any, Peak] = {}
@@ -169,7 +173,8 @@ class Rate:
             clock = self._after[steps] = self.new_clock()
             clock.finished = steps
             if self._schedule is not None:
-                λ, _ = self.weight_decay, self._follow(clock)
+                λ = self.weight_decay
+                self._follow(clock)
                 self.weight_decay = λ
         return self._after[steps]
 

@@ -1,4 +1,5 @@
-"""What a training looks like now: norms, angles and the share of the decay. Nothing is waited for until it is read."""
+"""What a training looks like now: norms, angles and the share of the decay. Nothing is waited for
+until it is read."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ _Awaited = tuple[State, str, Tensor, Tensor]
 class Snapshot:
     """Norms, angles and the share of the decay, by groups of parameters.
 
-    Made by `WeightDecay.snapshot`. The numbers stay on their devices; `to_dict` and `scalars` wait for them.
+    Made by `WeightDecay.snapshot`. The numbers stay on their devices; `to_dict` and `scalars` wait
+    for them.
 
     Attributes:
         step: finished optimizer steps when it was taken.
@@ -113,12 +115,10 @@ class Snapshot:
                     rest.append(awaited)
                     continue
                 was_paid = entry.stamp == view.clock.steps - 1
-                number = entry.number if was_paid and entry.number is not None else 1.0
+                number = entry.receipt.number if was_paid else 1.0
                 change = before - _local(param)
-                if (
-                    was_paid and entry.written is not None
-                ):  # what is counted, in place of what was written
-                    change += before * (entry.written - number)
+                if was_paid and entry.memo is not None and entry.memo.written is not None:
+                    change += before * (entry.memo.written - number)  # what is counted, instead
                 decay = _dot(before, before) * (1 - number) ** 2
                 zero = torch.zeros_like(decay)
                 self._add(key, zero, zero, zero, zero, decay, _dot(change, change))
@@ -133,9 +133,10 @@ class Snapshot:
             - ``numel``: elements;
             - ``norm``: ‖p‖, the L2 norm of its parameters;
             - ``grad_norm``: ‖g‖, of what the loss gave, without the decay; None without a gradient;
-            - ``cos``: ⟨p, g⟩ / (‖p‖·‖g‖), 0 where the loss does not depend on the scale of p (Euler's identity);
-            - ``share``: of decay. Coupled: ‖λ·p‖ / ‖g + λ·p‖. Otherwise: ‖lr·λ·p‖ over the norm of all that the next
-              step changes; None before that step.
+            - ``cos``: ⟨p, g⟩ / (‖p‖·‖g‖), 0 where the loss does not depend on the scale of p
+            (Euler's identity);
+            - ``share``: of decay. Coupled: ‖λ·p‖ / ‖g + λ·p‖. Otherwise: ‖lr·λ·p‖ over the norm of
+              all that the next step changes; None before that step.
         """
         sums = self._read()
         groups = {key: self._numbers(key, sums[key]) for key in self._numel}
@@ -162,7 +163,8 @@ class Snapshot:
         return _ratio(math.sqrt(decay), math.sqrt(whole))
 
     def scalars(self, prefix: str = "wdhook") -> dict[str, float]:
-        """The numbers that are known, under names for a logger: ``wdhook/norm/weight``. Waits for the devices."""
+        """The numbers that are known, under names for a logger: ``wdhook/norm/weight``. Waits for
+        the devices."""
         read = self.to_dict()
         found = {f"{prefix}/weight_decay": read["weight_decay"]}
         for key, numbers in read["groups"].items():
@@ -205,21 +207,24 @@ def _key(by: By, decision: Decision) -> str:
 def _added(entry: Entry, grad: Tensor, state: State) -> float | None:
     """The multiple of the parameter that a gradient holds; None where that is not known any more.
 
-    Clipping, un-scaling and a step change the gradient or the parameter, and the decay in it with them.
+    Clipping, un-scaling and a step change the gradient or the parameter, and the decay in it with
+    them.
     """
     if not state.config.in_gradient or entry.buffer is None:
         return 0.0
     if entry.buffer() is not grad:
         return None if entry.paid else 0.0
     whole = entry.paid and not entry.unknown and version(grad) == entry.version
-    if not whole or grad.is_sparse or not isinstance(entry.number, float):
+    number = entry.receipt.number
+    if not whole or grad.is_sparse or entry.receipt.is_scaled or isinstance(number, Tensor):
         return None
-    return entry.number
+    return number
 
 
 def _written(entry: Entry) -> Number | None:
     """The factor that the parameter was multiplied with."""
-    return entry.number if entry.written is None else entry.written
+    written = None if entry.memo is None else entry.memo.written
+    return entry.receipt.number if written is None else written
 
 
 def _has_numbers(param: Tensor) -> bool:
@@ -235,7 +240,8 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
-    """⟨one, other⟩, 0-dim, in float32 at least. In pieces: what is cast is copied, and torch.dot counts in 32 bits."""
+    """⟨one, other⟩, 0-dim, in float32 at least. In pieces: what is cast is copied, and torch.dot
+    counts in 32 bits."""
     wide = torch.promote_types(one.dtype, torch.float32)
     pairs = zip(
         torch.split(one.reshape(-1), _PIECE), torch.split(other.reshape(-1), _PIECE), strict=True

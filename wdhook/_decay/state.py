@@ -24,7 +24,8 @@ class State:
         steps: finished steps of optimizers that own a decayed parameter.
         announced: a step of an optimizer that owns a decayed parameter has begun.
         captured: a step, or it seems a backward pass, has gone into a CUDA graph.
-        taken: names of parameters whose gradient was taken away in the backward pass that had made it.
+        taken: names of parameters whose gradient was taken away in the backward pass that had made
+        it.
     """
 
     config: Config

@@ -1,4 +1,5 @@
-"""The one process-wide listener: torch calls it for every optimizer step. It goes when the last handle goes."""
+"""The one process-wide listener: torch calls it for every optimizer step. It goes when the last
+handle goes."""
 
 from __future__ import annotations
 
@@ -104,7 +105,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _push(step: StepInProgress) -> None:
-    """Note a step that begins. A step at the same depth or deeper has raised, so its end was never announced."""
+    """Note a step that begins. A step at the same depth or deeper has raised, so its end was never
+    announced."""
     stack = _stack()
     while stack and stack[-1].depth >= step.depth:
         stack.pop().drop()
@@ -118,7 +120,8 @@ def _comes_last(optimizer: Optimizer) -> bool:
 
 
 def _decay_last(step: StepInProgress) -> None:
-    """Decay after all step pre-hooks of the optimizer: torch reads those after the ones of the process."""
+    """Decay after all step pre-hooks of the optimizer: torch reads those after the ones of the
+    process."""
 
     def last(*_: Any) -> None:
         _decay(step, evaluated=False)
@@ -158,7 +161,8 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
 def _with_decay_in_closures(
     step: StepInProgress, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The arguments of the step with closures that decay after their own work, where gradients come into being.
+    """The arguments of the step with closures that decay after their own work, where gradients
+    come into being.
 
     None where there is no closure. `args[0]` is the optimizer itself.
     """
@@ -177,7 +181,8 @@ def _wrapped(value: Any, step: StepInProgress) -> Any:
 
 
 def _is_closure(value: object) -> bool:
-    """Tell a function from other objects that can be called, such as a model that an optimizer is given."""
+    """Tell a function from other objects that can be called, such as a model that an optimizer is
+    given."""
     return callable(value) and not isinstance(value, (nn.Module, type, Optimizer))
 
 

@@ -22,6 +22,7 @@ from .payment import pay
 from .rules.base import Facts, Moment
 from .tensors import is_capturing
 from .window import STEP_AFTER_HOOK, STEP_ALONE, Answer, Evidence
+from .zeroing import is_distributed
 
 
 class Part:
@@ -37,7 +38,8 @@ class Part:
 
     @property
     def is_active(self) -> bool:
-        """The handle decays in this step: not while it is paused, nor where the optimizer only accumulates."""
+        """The handle decays in this step: not while it is paused, nor where the optimizer only
+        accumulates."""
         return (
             self.view.owns_any()
             and not self.engine.state.pauses
@@ -70,7 +72,8 @@ class Part:
             self.engine.state.captured |= is_capturing()
 
     def was_moved(self) -> bool:
-        """The step of a wrapper has moved the parameters. Some write to ``p.data``, so the content tells."""
+        """The step of a wrapper has moved the parameters. Some write to ``p.data``, so the content
+        tells."""
         return self.sample is not None and not torch.equal(self.view.sample, self.sample)  # type: ignore[arg-type]
 
     # ---------------------------------------------------------------- payment
@@ -93,6 +96,8 @@ class Part:
                     dues.append(due)
         if not dues or self.was_skipped():
             return
+        for due in dues:
+            self._notice_replay(due.entries[0], due.grads[0])
         self._rests += pay(self.engine.state, dues, self._how)
         self.engine.cover(dues)
 
@@ -122,8 +127,8 @@ class Part:
 
     def _is_due(self, entry: Entry, grad: Tensor, nested: bool) -> bool:
         """Ask the table of transitions, and act on its answer."""
-        evidence = entry.when_step_begins(grad)
         hooked = entry.handle is not None
+        evidence = entry.when_step_begins(grad, in_buckets=hooked and is_distributed())
         answer = (STEP_AFTER_HOOK if hooked else STEP_ALONE)[evidence]
         if entry.paid and nested and not hooked:
             # An outer optimizer has changed the gradient since it was decayed there.
@@ -134,10 +139,8 @@ class Part:
             self._take(entry, grad, evidence)
         elif answer is Answer.PAID:
             entry.version = version(grad)
-        else:
-            self._notice_replay(entry, grad, hooked)
-            if entry.paid:
-                entry.reopen()
+        elif entry.paid:
+            entry.reopen()
         return answer is Answer.PAY
 
     def _take(self, entry: Entry, grad: Tensor, evidence: Evidence) -> None:
@@ -154,8 +157,10 @@ class Part:
         self._tell("gradient-replaced", entry)
         entry.look(grad)  # stepped again as it is, it is taken to hold its decay still
 
-    def _notice_replay(self, entry: Entry, grad: Tensor, hooked: bool) -> None:
-        """A CUDA gradient changed since the last step, and no hook was called: a graph may replay the backward."""
+    def _notice_replay(self, entry: Entry, grad: Tensor) -> None:
+        """A CUDA gradient changed since the last step, and no hook was called: a graph may replay
+        the backward."""
+        hooked = entry.handle is not None
         if hooked and may_be_replayed(grad) and _holds(entry, grad) and not self._some_paid():
             self.engine.state.captured = True
             self._tell("replayed-backward", entry)
@@ -168,7 +173,8 @@ class Part:
         self.engine.rules.tell(rule, facts)
 
     def _how(self, due: Due) -> How:
-        # A fused optimizer under a GradScaler un-scales inside its kernel: its gradients are scaled still.
+        # A fused optimizer under a GradScaler un-scales inside its kernel: its gradients are
+        # scaled still.
         scale = getattr(self.optimizer, "grad_scale", None)
         found_inf = getattr(self.optimizer, "found_inf", None)
         return How(
@@ -182,7 +188,8 @@ class Part:
     def was_skipped(self) -> bool:
         """A fused optimizer will skip the step under a GradScaler, or has skipped it.
 
-        It matters where the parameters were shrunk in the backward: their window stays open. Reading the flag costs
+        It matters where the parameters were shrunk in the backward: their window stays open.
+        Reading the flag costs
         a synchronisation, as it does the scaler with an optimizer that is not fused.
         """
         config = self.engine.state.config
@@ -222,7 +229,8 @@ class Part:
             self.engine.rules.tell("undecayed", facts)
 
     def _schedule_stays(self) -> bool:
-        """A fused optimizer has skipped the step under a GradScaler; to read that costs a synchronisation."""
+        """A fused optimizer has skipped the step under a GradScaler; to read that costs a
+        synchronisation."""
         if self.engine.state.config.schedule is None:
             return True
         return bool(getattr(self.optimizer, "found_inf", None))
@@ -237,11 +245,13 @@ class Part:
             for param, entry in pairs:
                 if entry.stamp != steps and param.grad is not None:
                     found.append((param, entry))
-        # Some optimizers put zeros where there was no gradient. Read only where something is to be said.
+        # Some optimizers put zeros where there was no gradient. Read only where something is to be
+        # said.
         return [(p, e) for p, e in found if _is_not_zero(p.grad)]
 
     def _let_gradients_be_swapped(self) -> None:
-        """Drop weak references to gradients where converting a model swaps tensors, which refuses those."""
+        """Drop weak references to gradients where converting a model swaps tensors, which refuses
+        those."""
         everywhere = torch.__future__.get_swap_module_params_on_conversion()
         for terms, pairs in self.view.all_buckets():
             if everywhere or not terms.plain:
@@ -250,7 +260,8 @@ class Part:
 
 
 class StepInProgress:
-    """One optimizer step that runs: the parts of all handles, and its depth among the steps that run."""
+    """One optimizer step that runs: the parts of all handles, and its depth among the steps that
+    run."""
 
     def __init__(self, optimizer: Optimizer, parts: list[Part], depth: int) -> None:
         self.optimizer = optimizer
@@ -270,7 +281,8 @@ class StepInProgress:
 
 
 def may_be_replayed(grad: Tensor) -> bool:
-    """A CUDA graph may write a new gradient into the buffer, which leaves no trace in its version."""
+    """A CUDA graph may write a new gradient into the buffer, which leaves no trace in its
+    version."""
     return grad.is_cuda
 
 

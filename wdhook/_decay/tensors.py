@@ -78,7 +78,8 @@ def mul_all_(params: list[Tensor], by: Number, foreach: bool) -> None:
 
 
 def loss_scale(scaler: Any | None, device: torch.device) -> Tensor | None:
-    """The factor that a ``GradScaler`` multiplies the loss with: 0-dim, on `device`; None where there is none."""
+    """The factor that a ``GradScaler`` multiplies the loss with: 0-dim, on `device`; None where
+    there is none."""
     if scaler is None or not scaler.is_enabled():
         return None
     scale: Tensor = scaler.scale(torch.ones((), device=device))
@@ -131,14 +132,16 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def use_foreach(asked: bool | None, params: list[Tensor]) -> bool:
-    """Whether tensors of one kind go through a foreach kernel: as asked, else where it does the same with several."""
+    """Whether tensors of one kind go through a foreach kernel: as asked, else where it does the
+    same with several."""
     if asked is not None:
         return asked and bool(params)
     return len(params) > 1 and is_plain(params[0]) and not _foreach_rounds(params[0])
 
 
 def _foreach_rounds(param: Tensor) -> bool:
-    """Whether foreach kernels round a Python number to the precision of the tensor first, as those of the CPU do."""
+    """Whether foreach kernels round a Python number to the precision of the tensor first, as those
+    of the CPU do."""
     return param.is_cpu and param.dtype in (torch.float16, torch.bfloat16)
 
 
@@ -151,7 +154,8 @@ def is_writable(grad: Tensor) -> bool:
 
 
 def content(grad: Tensor) -> Tensor | None:
-    """Whether any element of a gradient (of a DTensor: of its local shard) is not zero, as a 0-dim tensor.
+    """Whether any element of a gradient (of a DTensor: of its local shard) is not zero, as a 0-dim
+    tensor.
 
     None where there is no element: a shard may be empty.
     """

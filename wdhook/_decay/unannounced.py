@@ -1,7 +1,8 @@
-"""Notices steps that torch's hooks do not announce: parameters that move between two backward passes.
+"""Notices steps that torch's hooks do not announce: parameters that move between two backward
+passes.
 
-Looks only until the first step is announced, as it begins. Gradient accumulation moves no parameter, a loop without
-torch.optim does.
+Looks only until the first step is announced, as it begins. Gradient accumulation moves no
+parameter, a loop without torch.optim does.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Unannounced:
 
 
 def _head(param: Tensor) -> Tensor:
-    local: Tensor = param.to_local() if hasattr(param, "to_local") else param  # type: ignore[operator]
+    local: Tensor = param.to_local() if hasattr(param, "to_local") else param
     return local.detach().flatten()[:_ELEMENTS]
 
 

@@ -1,7 +1,9 @@
 """Exactly once: has the decay of this optimizer step been paid for one parameter?
 
-A *window* runs from one finished ``optimizer.step()`` to the next. Two questions are asked in it: when a
-gradient has come (by the hook), and when a step begins. The answers stand in one table for decay that
+A *window* runs from one finished ``optimizer.step()`` to the next. Two questions are asked in it:
+when a
+gradient has come (by the hook), and when a step begins. The answers stand in one table for decay
+that
 lives in a gradient buffer and shares its fate (`GRADIENT`), and in one for decay that lives in the
 parameter and cannot be lost (`PARAMETER`). Nothing here knows models, hooks or arithmetic.
 """
@@ -115,12 +117,11 @@ class Window:
         "born",
         "buffer",
         "clock",
-        "counted",
+        "doubted",
         "local",
-        "payments",
+        "lost",
         "rows",
         "stamp",
-        "unknown",
         "version",
     )
 
@@ -131,9 +132,12 @@ class Window:
         self.version = 0  # of that gradient, when it was last looked at
         self.born = _NEVER  # the lowest version that a new gradient had
         self.local = 0  # the version of its local shard, if it is a DTensor
-        self.payments = 0  # in this window, into whatever buffers
-        self.counted = -1  # the value of `clock.steps` that `payments` belongs to
-        self.unknown = False  # autograd has added to a gradient that somebody put there
+        self.lost = (
+            -1
+        )  # the value of `clock.steps` when a paid buffer was given up, and may have been moved
+        self.doubted = (
+            -1
+        )  # the value of `clock.steps` when autograd added to a gradient that somebody put there
         self.blind = False  # zeroing may leave no version: a foreach kernel on a DTensor
         self.rows: Tensor | None = None  # sparse gradients: the rows that were decayed
 
@@ -142,13 +146,19 @@ class Window:
         """The decay of this window has been paid."""
         return self.stamp == self.clock.steps
 
+    @property
+    def unknown(self) -> bool:
+        """Nobody can tell how often the gradient holds the decay of this window."""
+        return self.doubted == self.clock.steps
+
     def pay(self, grad: Tensor) -> None:
         """Note a payment; `grad` is the gradient that was there."""
-        steps = self.clock.steps
-        self.payments = self.payments + 1 if self.counted == steps else 1
-        self.stamp = self.counted = steps
-        self.unknown = False
+        self.stamp = self.clock.steps
         self.look(grad)
+
+    def doubt(self) -> None:
+        """Note that nobody can tell how often the gradient holds the decay of this window."""
+        self.doubted = self.clock.steps
 
     def look(self, grad: Tensor) -> None:
         """Note the gradient and its version, so that later changes can be told."""
@@ -161,39 +171,39 @@ class Window:
         """Forget the payment of this window: the decay was thrown away with the gradient.
 
         Args:
-            zeroed_in_place: the decay is gone for certain. A buffer that autograd replaced may have been moved.
+            zeroed_in_place: the decay is gone for certain. A buffer that autograd replaced may
+            have been moved.
         """
-        if zeroed_in_place:
-            self.payments = 0
-        self.stamp = -1
+        if not zeroed_in_place and self.paid:
+            self.lost = self.clock.steps
+        self.stamp = self.doubted = -1
         self.buffer = None
         self.rows = None
-        self.unknown = False
 
     def move(self, clock: Clock) -> None:
         """Let another optimizer close this window from now on."""
         if clock is not self.clock:
-            self.stamp = clock.steps if self.paid else -1
-            self.counted = clock.steps if self.counted == self.clock.steps else -1
+            for name in ("stamp", "lost", "doubted"):
+                holds = getattr(self, name) == self.clock.steps
+                setattr(self, name, clock.steps if holds else -1)
             self.clock = clock
 
     # ---------------------------------------------------------------- evidence
 
-    def note_birth(self, grad: Tensor) -> None:
-        """Note the version of a gradient that is about to be paid into: that of a new one, or higher."""
-        if self.buffer is None or self.buffer() is not grad:
-            self.born = min(self.born, version(grad))
-
-    def when_gradient_comes(self, grad: Tensor) -> Evidence:
+    def when_gradient_comes(self, grad: Tensor, in_buckets: bool = False) -> Evidence:
         """Evidence after autograd has added to `grad`, for decay that lives in gradients.
 
         Args:
             grad: the gradient as it is in the hook.
+            in_buckets: views are slices of the buckets of a distributed run, which are made anew
+            at times.
         """
         if not self.paid:
             return E.UNPAID
         if self.buffer is not None and self.buffer() is grad:
             return self._of_same(grad)
+        if in_buckets and is_view(grad):
+            return E.CHANGED
         if _is_sum(grad):
             return E.SUM
         if self._is_fresh(grad):
@@ -203,9 +213,10 @@ class Window:
     def _is_fresh(self, grad: Tensor) -> bool:
         """Tell a gradient that autograd has just made: nothing has changed it in place.
 
-        Autograd adds in place to a gradient that somebody has put there. Versions of new gradients start at 0, and
-        at 1 where torch.compile makes them. Sharded gradients (DTensor) are made by FSDP, and sparse ones by
-        additions out of place.
+        Autograd adds in place to a gradient that somebody has put there. Versions of new gradients
+        start at 0, and
+        at 1 where torch.compile makes them. Sharded gradients (DTensor) are made by FSDP, and
+        sparse ones by additions out of place.
         """
         if type(grad) is not Tensor or grad.is_sparse:
             return True
@@ -217,12 +228,13 @@ class Window:
             return E.UNKNOWN
         if is_view(grad) or self.blind:
             return E.CHANGED  # slices of one buffer share a version, which tells nothing of one
-        # Autograd's addition is one change. FSDP2's is none: it changes the local shard, which counts apart.
+        # Autograd's addition is one change. FSDP2's is none: it changes the local shard, which
+        # counts apart.
         expected = 1 if local_version(grad) == self.local else 0
         return E.SAME if version(grad) - self.version <= expected else E.CHANGED
 
-    def when_step_begins(self, grad: Tensor) -> Evidence:
-        """Evidence as a step begins, for decay that lives in gradients."""
+    def when_step_begins(self, grad: Tensor, in_buckets: bool = False) -> Evidence:
+        """Evidence as a step begins, for decay that lives in gradients; arguments as above."""
         same = self.buffer is not None and self.buffer() is grad
         unchanged = same and self.version == version(grad)
         if not self.paid:
@@ -231,7 +243,9 @@ class Window:
             return E.UNKNOWN
         if same:
             return E.SAME if unchanged else E.CHANGED
-        return E.REPLACED if self.payments == 1 else E.SEVERAL
+        if in_buckets and is_view(grad):
+            return E.CHANGED
+        return E.SEVERAL if self.lost == self.clock.steps else E.REPLACED
 
     def was_touched(self, grad: Tensor) -> bool:
         """The paid buffer is in its place, and was changed since the last look."""
@@ -246,7 +260,8 @@ class Window:
 def _is_sum(grad: Tensor) -> bool:
     """Tell a gradient that autograd made by adding to an older one out of place.
 
-    Autograd does so under ``backward(create_graph=True)``, where a *first* gradient is a copy instead.
+    Autograd does so under ``backward(create_graph=True)``, where a *first* gradient is a copy
+    instead.
     """
     return grad.grad_fn is not None and grad.grad_fn.name() == "AddBackward0"
 

@@ -19,8 +19,10 @@ from .state import State
 class Witness:
     """Answers whether gradients were zeroed in place between two backward passes.
 
-    Asked once for each backward pass. The gradients that this pass has not reached yet hold a decay, so only
-    zeroing leaves nothing in them. A parameter that is zero has no decay, and is no evidence. The answer reads
+    Asked once for each backward pass. The gradients that this pass has not reached yet hold a
+    decay, so only
+    zeroing leaves nothing in them. A parameter that is zero has no decay, and is no evidence. The
+    answer reads
     gradients and costs a synchronisation, in loops that change gradients in place alone.
     """
 
@@ -39,7 +41,8 @@ class Witness:
         if entry in self._zeroed:
             return self._zeroed[entry]
         if self._zeroed:
-            # No direct evidence: modules are zeroed together, so take the longest common name prefix.
+            # No direct evidence: modules are zeroed together, so take the longest common name
+            # prefix.
             nearest = max(self._zeroed, key=lambda other: _kinship(entry, other))
             return self._zeroed[nearest]
         self._rules.tell("zeroed-or-changed", Facts(self._state, entry=entry))
@@ -59,7 +62,8 @@ class Witness:
             if self._zeroed[entry]:
                 entry.reopen(zeroed_in_place=True)  # also where this pass will not reach it
         if not self._zeroed and in_compiled_autograd():
-            # Compiled code may change a gradient more than once. None was zeroed where one is unchanged.
+            # Compiled code may change a gradient more than once. None was zeroed where one is
+            # unchanged.
             for param, entry in pairs_of(self._state):
                 if entry is not asking and entry.paid and _is_in_place(entry, param.grad):
                     self._zeroed[entry] = False
@@ -67,7 +71,8 @@ class Witness:
     def _changed(self) -> Iterator[tuple[Tensor, Entry, Tensor]]:
         """Entries whose paid gradient is there, and was changed by something else than this pass.
 
-        Without a hook (frozen when it was decayed) nothing tells whether this pass has reached the parameter.
+        Without a hook (frozen when it was decayed) nothing tells whether this pass has reached the
+        parameter.
         """
         for param, entry in pairs_of(self._state):
             grad = param.grad
@@ -78,7 +83,8 @@ class Witness:
 def pairs_of(state: State) -> Iterator[Pair]:
     """Every parameter that has an entry, with the entry.
 
-    In a backward pass FSDP2 shows the model whole parameters; only the optimizers still have the sharded ones.
+    In a backward pass FSDP2 shows the model whole parameters; only the optimizers still have the
+    sharded ones.
     """
     found: dict[int, Pair] = {}
     for view in state.optimizers.views():

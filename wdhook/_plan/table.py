@@ -45,7 +45,10 @@ def plan_rows(decisions: Sequence[Decision]) -> list[Row]:
 def diff_table(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) -> str:
     """What two plans decide differently, as a table."""
     numel = sum(known.numel for pair in pairs.values() if (known := pair[0] or pair[1]))
-    head = f"{len(pairs)} tensors with {_count(numel)} elements are decided differently"
+    tensors = "1 tensor" if len(pairs) == 1 else f"{len(pairs)} tensors"
+    elements = "1 element" if numel == 1 else f"{_count(numel)} elements"
+    verb = "is" if len(pairs) == 1 else "are"
+    head = f"{tensors} with {elements} {verb} decided differently"
     return "\n".join([head, "", *aligned(diff_rows(pairs))]) if pairs else head
 
 

@@ -24,22 +24,28 @@ if TYPE_CHECKING:
 
 
 class WeightDecay(Attached, Callback):
-    r"""Decay the weights of a LightningModule, and nothing else, once per optimizer step of each ``fit``.
+    r"""Decay the weights of a LightningModule, and nothing else, once per optimizer step of each
+    ``fit``.
 
-    Construct the optimizers with ``weight_decay=0``. The callback attaches when ``fit`` starts, after the strategy has
-    set up model and optimizers, to those optimizers and to the scaler of the precision plugin; it removes when
-    ``fit`` ends, also by an exception. Each ``fit`` begins with `weight_decay`, unless it resumes from a checkpoint:
-    λ is in there.
+    Construct the optimizers with ``weight_decay=0``. The callback attaches when ``fit`` starts,
+    after the strategy has
+    set up model and optimizers, to those optimizers and to the scaler of the precision plugin; it
+    removes when
+    ``fit`` ends, also by an exception. Each ``fit`` begins with `weight_decay`, unless it resumes
+    from a checkpoint: λ is in there.
 
     Args:
-        weight_decay: λ per optimizer step, a schedule of it (`wdhook.schedules`), or a ready plan of the module.
-        log: log λ as ``wdhook/weight_decay`` and the norm of the parameters of each role as ``wdhook/norm/<role>``,
+        weight_decay: λ per optimizer step, a schedule of it (`wdhook.schedules`), or a ready plan
+        of the module.
+        log: log λ as ``wdhook/weight_decay`` and the norm of the parameters of each role as
+            ``wdhook/norm/<role>``,
             at the steps that the Trainer logs. They stay on the device until the logger reads them.
-        **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``foreach``, ``low_precision``;
-            see `wdhook.attach`.
+        **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``foreach``,
+            ``low_precision``; see `wdhook.attach`.
 
     Raises:
-        ArgumentError: `arguments` has another name. All that `wdhook.attach` raises comes when ``fit`` starts.
+        ArgumentError: `arguments` has another name. All that `wdhook.attach` raises comes when
+        ``fit`` starts.
     """
 
     def __init__(
@@ -58,7 +64,8 @@ class WeightDecay(Attached, Callback):
     # ---------------------------------------------------------------- life cycle
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Forget earlier runs. A checkpoint is loaded after this, by most strategies before ``on_fit_start``."""
+        """Forget earlier runs. A checkpoint is loaded after this, by most strategies before
+        ``on_fit_start``."""
         self._state = {}
 
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -111,7 +118,8 @@ class WeightDecay(Attached, Callback):
 
 
 def norms(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """``norm/<role>`` → L2 norm of all parameters of that role, on the device, without a synchronisation."""
+    """``norm/<role>`` → L2 norm of all parameters of that role, on the device, without a
+    synchronisation."""
     found: dict[str, list[Tensor]] = {}
     for name, param in model.named_parameters():
         if name in plan:

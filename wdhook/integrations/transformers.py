@@ -1,4 +1,5 @@
-"""Weight decay as a callback of the Hugging Face Trainer (``pip install 'wdhook[transformers]'``)."""
+"""Weight decay as a callback of the Hugging Face Trainer (``pip install
+'wdhook[transformers]'``)."""
 
 from __future__ import annotations
 
@@ -22,20 +23,23 @@ _LOST = "not in this checkpoint"  # in place of an argument that JSON cannot hol
 
 
 class WeightDecayCallback(Attached, TrainerCallback, ExportableState):
-    r"""Decay the weights of the Trainer's model, and nothing else, once per optimizer step of each ``train``.
+    r"""Decay the weights of the Trainer's model, and nothing else, once per optimizer step of each
+    ``train``.
 
-    Leave ``TrainingArguments.weight_decay`` at 0. The callback attaches when training begins, to the Trainer's
-    optimizer and scaler, and removes when it ends. A Trainer tells no callback of an exception: after one, call
-    `remove`, or let the next ``train`` do it. ``train(resume_from_checkpoint=...)`` goes on with the λ of the
-    checkpoint's ``trainer_state.json``.
+    Leave ``TrainingArguments.weight_decay`` at 0. The callback attaches when training begins, to
+    the Trainer's
+    optimizer and scaler, and removes when it ends. A Trainer tells no callback of an exception:
+    after one, call
+    `remove`, or let the next ``train`` do it. ``train(resume_from_checkpoint=...)`` goes on with
+    the λ of the checkpoint's ``trainer_state.json``.
 
     Args:
-        weight_decay: λ per optimizer step, a schedule of it (`wdhook.schedules`), or a ready plan of the model.
-        **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``foreach``, ``low_precision``;
-            see `wdhook.attach`.
+        **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``foreach``,
+            ``low_precision``; see `wdhook.attach`.
 
     Raises:
-        ArgumentError: `arguments` has another name. All that `wdhook.attach` raises comes when training begins.
+        ArgumentError: `arguments` has another name. All that `wdhook.attach` raises comes when
+        training begins.
     """
 
     def __init__(
@@ -54,7 +58,8 @@ class WeightDecayCallback(Attached, TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach, and go on with the λ of the checkpoint from which training resumes."""
         _refuse_own_decay(args)
-        # A Trainer that resumes from a checkpoint without this callback would fail when it saves the next one.
+        # A Trainer that resumes from a checkpoint without this callback would fail when it saves
+        # the next one.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if isinstance(saved, list):
             raise ArgumentError(
@@ -74,7 +79,8 @@ class WeightDecayCallback(Attached, TrainerCallback, ExportableState):
         """What the Trainer writes into its checkpoints, as JSON."""
         arguments = {"weight_decay": self.weight_decay, **self.arguments}
         return {
-            # Read by a Trainer that makes its callbacks anew, with restore_callback_states_from_checkpoint=True.
+            # Read by a Trainer that makes its callbacks anew, with
+            # restore_callback_states_from_checkpoint=True.
             "args": {
                 name: value if _is_plain(value) else _LOST for name, value in arguments.items()
             },

@@ -1,4 +1,4 @@
-"""Pictures of plans, audits and trainings. They need matplotlib (``pip install 'wdhook[demo]'``).
+"""Pictures of plans, audits and trainings, with matplotlib (``pip install matplotlib``).
 
 Plans, audits and numbers come in, figures go out. Nothing else in the package imports this room.
 """

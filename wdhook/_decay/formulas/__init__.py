@@ -1,6 +1,8 @@
-"""The formulas of decay, one file each: numbers and gradients come in, gradients or parameters are changed in place.
+"""The formulas of decay, one file each: numbers and gradients come in, gradients or parameters are
+changed in place.
 
-A formula knows nothing of hooks, steps, windows or optimizers. To add one: a file here, and a row below.
+A formula knows nothing of hooks, steps, windows or optimizers. To add one: a file here, and a row
+below.
 """
 
 from __future__ import annotations

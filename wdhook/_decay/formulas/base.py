@@ -46,6 +46,7 @@ class How:
         found_inf: 0-dim tensor of a fused optimizer; not 0 where it will skip the step.
         capturable: the step may go into a CUDA graph, which replays no Python.
         capturing: the payment goes into a CUDA graph now, Python numbers as constants.
+        by_autograd: autograd has just added to the gradients, so they can be changed in place.
     """
 
     foreach: bool | None = None
@@ -53,6 +54,7 @@ class How:
     found_inf: Tensor | None = None
     capturable: bool = False
     capturing: bool = False
+    by_autograd: bool = False
 
 
 class Formula:
@@ -60,8 +62,8 @@ class Formula:
 
     Attributes:
         name: the `mode` of `attach`.
-        in_gradient: True where the decay is added to gradients and shares their fate; False where it changes
-            parameters.
+        in_gradient: True where the decay is added to gradients and shares their fate; False where
+            it changes parameters.
         needs_lr: `Rates.lr` is read.
         needs_peak: `Rates.peak` is read.
         remembers: each parameter has a `Memo`.
@@ -76,14 +78,16 @@ class Formula:
     defers: bool = False
 
     def number(self, rates: Rates) -> Number:
-        """The number that is written with. All numbers of a step are computed before the first is used."""
+        """The number that is written with. All numbers of a step are computed before the first is
+        used."""
         raise NotImplementedError
 
     def pay_(self, due: Due, number: Number, how: How) -> Rest | None:
         """Decay the parameters of `due`, whose gradients are dense or sparse.
 
         Returns:
-            What is to be done after the optimizer's update, if the step is taken; None where nothing is.
+            What is to be done after the optimizer's update, if the step is taken; None where
+            nothing is.
         """
         raise NotImplementedError
 

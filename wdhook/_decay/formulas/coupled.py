@@ -15,7 +15,8 @@ class Coupled(Formula):
     in_gradient = True
 
     def number(self, rates: Rates) -> Number:
-        """λ, negative for an optimizer that maximizes: it negates the gradient, and weights shrink still."""
+        """λ, negative for an optimizer that maximizes: it negates the gradient, and weights shrink
+        still."""
         return rates.sign * rates.weight_decay
 
     def pay_(self, due: Due, number: Number, how: How) -> Rest | None:
@@ -23,7 +24,7 @@ class Coupled(Formula):
         assert isinstance(number, float)
         dense, sparse = due.split_sparse() if due.has_sparse() else (due, None)
         foreach = tensors.use_foreach(how.foreach, dense.params)
-        if all(map(tensors.is_writable, dense.grads)):
+        if how.by_autograd or all(map(tensors.is_writable, dense.grads)):
             tensors.add_all_(dense.grads, dense.params, number, how.scale, foreach)
         else:
             _replace(dense, number, how)
@@ -31,13 +32,12 @@ class Coupled(Formula):
             seen = entry.rows if entry.paid else None
             amount = tensors.scaled(number, how.scale)
             entry.rows = tensors.add_rows_(grad, param, amount, seen)
-        for entry in due.entries:
-            entry.number = number if how.scale is None else None
         return None
 
 
 def _replace(due: Due, number: float, how: How) -> None:
-    """Give each parameter a new gradient with the decay; a gradient made in inference mode cannot be changed."""
+    """Give each parameter a new gradient with the decay; a gradient made in inference mode cannot
+    be changed."""
     for param in due.params:
         grad = param.grad
         assert grad is not None

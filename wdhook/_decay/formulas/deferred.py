@@ -84,7 +84,7 @@ class Deferred(Shrinking):
     def _settle(self, due: Due) -> None:
         """Write what is pending of parameters that have become wide since."""
         for param, memo in zip(due.params, _memos(due), strict=True):
-            product = memo.product
+            product, memo.written = memo.product, None
             if product is not None and not self.waits(param.dtype):
                 memo.product = None
                 self.shrink_([param], [memo], product, False)
@@ -101,15 +101,15 @@ class Deferred(Shrinking):
 
     def _collect_in_python(self, due: Due, number: float, foreach: bool | None) -> None:
         written: dict[tuple[float, torch.dtype], tuple[list[Tensor], list[Memo | None]]] = {}
-        for param, entry, memo in zip(due.params, due.entries, _memos(due), strict=True):
+        for param, memo in zip(due.params, _memos(due), strict=True):
             product = number if memo.product is None else float(memo.product) * number
-            entry.written = 1.0
+            memo.written = 1.0
             if 1 - product >= stride(param.dtype):
                 factor = torch.tensor(product, dtype=torch.float64).to(param.dtype).item()
                 params, memos = written.setdefault((factor, param.dtype), ([], []))
                 params.append(param)
                 memos.append(memo)
-                entry.written = factor
+                memo.written = factor
                 product = product / factor if factor else 1.0
             memo.product = product
         for (factor, _), (params, memos) in written.items():
@@ -135,7 +135,7 @@ class Deferred(Shrinking):
             zip(due.params, memos, products, strict=True)
         ):
             memo.product = product.copy_(rest[index])
-            due.entries[index].written = factors[index]
+            memo.written = factors[index]
             self.shrink_([param], [memo], factors[index], False)
 
 

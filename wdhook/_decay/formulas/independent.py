@@ -1,4 +1,5 @@
-"""Independent decay: p ← p·(1 − (lr/lr_peak)·λ) (Loshchilov & Hutter 2019, eq. 12 with η_t = lr/lr_peak)."""
+"""Independent decay: p ← p·(1 − (lr/lr_peak)·λ) (Loshchilov & Hutter 2019, eq. 12 with η_t =
+lr/lr_peak)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a rule is: one row with an id, an error or a warning, and a pure function from facts to problems."""
+"""What a rule is: one row with an id, an error or a warning, and a pure function from facts to
+problems."""
 
 from __future__ import annotations
 
@@ -83,12 +84,13 @@ class Rule:
         id: in messages, in docs/limits.md, and in the name of the rule's test.
         says: class of the error or warning; an error comes before anything is changed.
         moment: the moment at which the rule looks.
-        looks: a function of the facts, which changes nothing; or a class whose instances are such functions, where
-            a rule keeps a count of its own.
+        looks: a function of the facts, which changes nothing; or a class whose instances are such
+            functions, where a rule keeps a count of its own.
         situation: the left column of docs/limits.md.
         answer: the right column.
         applies: decides from the configuration of a handle.
-        first_steps: looks at the first steps of an optimizer alone: what an optimizer keeps is there by then.
+        first_steps: looks at the first steps of an optimizer alone: what an optimizer keeps is
+        there by then.
         on_change: looks only when the parameters of the optimizer have changed.
         asked: looks only when the code that has met the situation asks for it by id.
     """

@@ -1,4 +1,5 @@
-"""Rules about gradients between their decay and the step: replaced, changed, stepped again, never decayed."""
+"""Rules about gradients between their decay and the step: replaced, changed, stepped again, never
+decayed."""
 
 from __future__ import annotations
 
@@ -102,7 +103,8 @@ def stepped_again(facts: Facts) -> Iterator[Problem]:
 
 
 def replayed_backward(facts: Facts) -> Iterator[Problem]:
-    """A CUDA gradient that has changed since the last step, without a backward pass that called a hook."""
+    """A CUDA gradient that has changed since the last step, without a backward pass that called a
+    hook."""
     yield Problem(
         "A gradient has changed since the last step, and no backward pass has called its hook: it is decayed now. If "
         "a CUDA graph replays the backward pass, the decay is in the graph too, and this one is too much.",
@@ -133,6 +135,18 @@ def unannounced_steps(facts: Facts) -> Iterator[Problem]:
         f"{said}. (A loop without torch.optim, an optimizer whose step() is replaced or never called.)",
         'Use attach(..., at="backward") and zero_grad(set_to_none=True), or call optimizer.step()',
         {"parameter": facts.name, "at": facts_of.at},
+        (facts.name,),
+    )
+
+
+def moved_in_the_pass(facts: Facts) -> Iterator[Problem]:
+    """A parameter that something has updated in the backward pass, before its decay."""
+    yield Problem(
+        "A parameter was changed in place during the backward pass, after its gradient had come and before the decay, "
+        "which is added when the pass ends: if that was its update, this decay is lost.",
+        "Step in a post-accumulate-grad hook of the parameter (decay then comes first), or with an optimizer whose "
+        "step() torch announces",
+        {"parameter": facts.name},
         (facts.name,),
     )
 

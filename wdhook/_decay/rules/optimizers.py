@@ -154,7 +154,7 @@ def sign_has_turned(facts: Facts) -> Iterator[Problem]:
         group = facts.optimizer.param_groups[index]
         sign = -1.0 if maximizes(facts.optimizer, group) else 1.0
         for _, pairs in buckets:
-            turned = next((e for _, e in pairs if e.sign != sign and e.paid), None)
+            turned = next((e for _, e in pairs if e.receipt.sign != sign and e.paid), None)
             if turned is not None:
                 yield Problem(
                     "`maximize` of the optimizer is not what it was, or was not known, in the backward pass: the "

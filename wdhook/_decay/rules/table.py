@@ -1,4 +1,5 @@
-"""Every rule, one row each, in the order in which they look. docs/limits.md is made from this table."""
+"""Every rule, one row each, in the order in which they look. docs/limits.md is made from this
+table."""
 
 from __future__ import annotations
 
@@ -356,6 +357,15 @@ RULES = (
         "parameters move between backward passes, and torch announces no step: a loop without `torch.optim`, an "
         "optimizer whose `step` is replaced or never called",
         'at `"backward"` each move counts as a step; at `"step"` nothing is decayed',
+        asked=True,
+    ),
+    Rule(
+        "moved-in-the-pass",
+        WdhookWarning,
+        Moment.BACKWARD,
+        gradients.moved_in_the_pass,
+        "a parameter is updated during the backward pass, by something that is no post-accumulate-grad hook of it",
+        "its decay comes when the pass ends, too late",
         asked=True,
     ),
     Rule(
