@@ -1,4 +1,4 @@
-"""`python -m benchmarks.growth results.json`: how the cost grows with the number of parameters and of elements."""
+"""`python -m benchmarks.growth results.json`: cost by the number of parameters and of elements."""
 
 from __future__ import annotations
 

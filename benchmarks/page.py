@@ -1,4 +1,4 @@
-"""`python -m benchmarks.page results.json page.md`: write the tables of a report into a page, between its markers."""
+"""`python -m benchmarks.page results.json page.md`: write the tables of a report into a page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def _machine(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _ratios(report: Mapping[str, Any]) -> Iterator[str]:
     threads = list(report["threads"])
-    yield f"| what | way | against | target | {' | '.join(f'{n} thread(s)' for n in threads)} | µs | spread |"
+    columns = " | ".join(f"{n} thread(s)" for n in threads)
+    yield f"| what | way | against | target | {columns} | µs | spread |"
     yield f"|---|---|---|--:|{'--:|' * len(threads)}--:|--:|"
     for rows in zip(*report["threads"].values(), strict=True):
         first = rows[0]

@@ -1,4 +1,4 @@
-"""Ratios of times: the hook, the pass at the step, and whole training steps, against what they replace."""
+"""Ratios of times: hook, pass at the step and whole steps, against what each replaces."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Case:
     against: str
     make: Callable[[torch.device, bool], Work]
     at_most: dict[str, float | None] = field(default_factory=dict)
-    """Variant → the ratio to the first variant that it is to stay below; None where it is only stated."""
+    """Variant → the largest ratio to the first variant that is accepted; None: stated only."""
 
 
 @dataclass
@@ -151,7 +151,7 @@ def _training(
     ways: dict[str, dict[str, Any]],
     floors: bool = False,
 ) -> Callable[..., Work]:
-    """Whole training steps: param groups with the optimizer's own decay, and each of `ways` to attach.
+    """Times whole training steps: the optimizer's own decay, and each of `ways` to attach.
 
     Args:
         floors: also without any decay, and with the hook that does nothing but `grad.add_`.

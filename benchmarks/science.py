@@ -1,6 +1,9 @@
-"""`python -m benchmarks.science --json docs/figures/science.json`: what decay does to weights before a BatchNorm.
+"""Measure the effect of decay on weights before a BatchNorm.
 
-Three experiments with the demo's network and the scanned digits of scikit-learn; docs/science.md explains them.
+    python -m benchmarks.science --json docs/figures/science.json
+
+Three experiments with the demo's network and the scanned digits of scikit-learn; docs/science.md
+explains them.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ def before_batchnorm(model: nn.Module) -> dict[str, Tensor]:
 def batches(
     data: Data, seed: int, steps: int, noise: float = 0.0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random batches; a share `noise` of the labels is drawn anew each time, so that gradients do not vanish."""
+    """Random batches; a share `noise` of the labels is drawn anew: gradients do not vanish."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         index = torch.randint(len(data.labels), (BATCH,), generator=generator)
@@ -69,10 +72,10 @@ def batches(
         yield data.images[index], torch.where(wrong, drawn, data.labels[index])
 
 
-# -- 1. the norm goes where lr, λ and the gradients send it ------------------------------------------------------
+# -- 1. the norm goes where lr, λ and the gradients send it ----------------------------------------
 
 
-# lr, λ, momentum, factor on the initial weights, seeds. The first four differ in where they start alone.
+# lr, λ, momentum, factor on the initial weights, seeds. The first four differ in the start alone.
 SETTINGS = [
     (0.1, 0.04, 0.0, 1.0, 3),
     (0.1, 0.04, 0.0, 0.5, 1),
@@ -86,7 +89,7 @@ SETTINGS = [
 
 
 def equilibrium(steps: int, most: int) -> list[dict[str, Any]]:
-    """Norm and rotation of each convolution at constant lr, and what the theory says they should be."""
+    """Norm and rotation of each convolution at constant lr, beside the values of the theory."""
     jobs = [(seed, *setting) for *setting, seeds in SETTINGS for seed in range(min(seeds, most))]
     return [_to_equilibrium(*job, steps) for job in tqdm(jobs, desc="equilibrium", leave=False)]
 
@@ -144,15 +147,18 @@ def _to_equilibrium(
 
 
 def _angle(a: Tensor, b: Tensor) -> Tensor:
-    # By the difference of the unit vectors: the arc cosine of numbers near 1 has no digits left in float32.
+    # From the difference of the unit vectors: the arc cosine near 1 has no digits left in float32.
     return 2 * torch.asin((a / a.norm() - b / b.norm()).norm() / 2)
 
 
-# -- 2. decay is a schedule of the learning rate -----------------------------------------------------------------
+# -- 2. decay is a schedule of the learning rate ---------------------------------------------------
 
 
 def equivalence(steps: int, seeds: int) -> dict[str, Any]:
-    """Decay at a constant lr against no decay at a growing one, in float64, by the largest difference of logits."""
+    """Largest difference of logits between decay at constant lr and no decay at growing lr.
+
+    In float64.
+    """
     lr, λ = 0.1, 0.02
     report: dict[str, Any] = {
         "lr": lr,
@@ -169,7 +175,7 @@ def equivalence(steps: int, seeds: int) -> dict[str, Any]:
 
 
 def _gap(seed: int, lr: float, λ: float, exponent: int, steps: int) -> tuple[float, float]:
-    """Largest difference of the logits on the test set, over their largest; and ‖w without‖ / ‖w with decay‖."""
+    """Largest difference of test logits over the largest; and ‖w without‖ / ‖w with decay‖."""
     data = _load(seed)
     data = data._replace(images=data.images.double(), test_images=data.test_images.double())
     models = [_without_eps(_model(seed).double()) for _ in range(2)]
@@ -182,7 +188,8 @@ def _gap(seed: int, lr: float, λ: float, exponent: int, steps: int) -> tuple[fl
         with wdhook.attach(model, λ, overrides=overrides) if decays else nullcontext():
             for step, (images, labels) in enumerate(batches(data, seed, steps)):
                 if not decays and exponent:
-                    # With w = cᵗ·u, c = 1 − lr·λ and ∇(cᵗ·u) = c⁻ᵗ·∇(u): u moves at the rate lr·c^−(2t+1).
+                    # With w = cᵗ·u, c = 1 − lr·λ and ∇(cᵗ·u) = c⁻ᵗ·∇(u):
+                    # u moves at the rate lr·c^−(2t+1).
                     optimizer.param_groups[0]["lr"] = lr * kept ** -(exponent * step + 1)
                 optimizer.zero_grad()
                 cross_entropy(model(images), labels).backward()
@@ -204,7 +211,7 @@ def _without_eps(model: nn.Module) -> nn.Module:
     return model
 
 
-# -- 3. which roles should be decayed? ---------------------------------------------------------------------------
+# -- 3. which roles should be decayed? -------------------------------------------------------------
 
 
 ARMS: dict[str, dict[Any, Any] | None] = {

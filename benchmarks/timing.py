@@ -1,4 +1,4 @@
-"""Times side by side: variants take turns in one process, so that whatever slows the machine slows all of them."""
+"""Times variants in turns in one process: a slow machine slows all of them alike."""
 
 from __future__ import annotations
 

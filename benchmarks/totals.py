@@ -70,7 +70,7 @@ def totals(device: torch.device, quick: bool) -> Iterator[Total]:
 
 
 def _attach(count: int) -> float:
-    """Seconds, for a model of which every parameter is decayed; the garbage collector is off, as in timeit."""
+    """Seconds for a model with every parameter decayed, without the garbage collector."""
     device = torch.device("cpu")
     model = Tensors(count, (1, 1), device)
     handles: list[wdhook.WeightDecay] = []
@@ -84,7 +84,10 @@ def _attach(count: int) -> float:
 
 
 def _python_memory(model: nn.Module, register: Callable[[nn.Module], Any]) -> float:
-    """Bytes of Python objects for each parameter that stay after `register`; torch's, and the plan of a handle too."""
+    """Bytes of Python objects that `register` leaves for each parameter.
+
+    Torch's own objects and the plan of a handle are counted too.
+    """
     register(copy.deepcopy(model))  # what is allocated once
     gc.collect()
     tracemalloc.start()
@@ -149,7 +152,7 @@ class _Recorded(TorchDispatchMode):
 def _added(
     device: torch.device, count: int, size: int, how: dict[str, str] | None
 ) -> tuple[int, float]:
-    """Operations and MiB that decay adds to a backward and a step of SGD with `count` weights of `size`²."""
+    """Operations and MiB added to a backward and an SGD step; `count` weights of `size`²."""
     with_decay, without = (_recorded(device, count, size, how, decay) for decay in (True, False))
     return with_decay.operations - without.operations, (with_decay.bytes - without.bytes) / 2**20
 
@@ -175,8 +178,11 @@ def _recorded(
 
 
 def _import(runs: int) -> float:
-    """Milliseconds, in new processes that find compiled files, as those of an installed package are."""
-    program = "import time, torch; start = time.perf_counter(); import wdhook; print(1000 * (time.perf_counter() - start))"
+    """Milliseconds, in new processes that find compiled files, as in an installed package."""
+    program = (
+        "import time, torch; start = time.perf_counter(); import wdhook; "
+        "print(1000 * (time.perf_counter() - start))"
+    )
     with tempfile.TemporaryDirectory() as compiled:
         environment = {
             key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import schedules
@@ -37,6 +38,7 @@ from ._plan.plan import Plan, PlanDiff
 from ._roles.classifier import Role
 
 if TYPE_CHECKING:
+    from . import plot
     from ._audit.finding import Finding
     from ._audit.report import Audit
     from ._audit.run import audit
@@ -74,12 +76,15 @@ __all__ = [
     "l2_penalty",
     "param_groups",
     "plan",
+    "plot",
     "schedules",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `audit` on first use: it would be a third of the import time."""
+    """Import on first use what few need: `audit` alone would be a third of the import time."""
+    if name == "plot":
+        return import_module(".plot", __name__)
     if name in ("audit", "Audit", "Finding"):
         from ._audit.finding import Finding
         from ._audit.report import Audit

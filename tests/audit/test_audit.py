@@ -1,4 +1,6 @@
-"""The audit against the plan: contradictions, selectors to paste, plans that follow it, its table and its JSON."""
+"""The audit against the plan: contradictions, selectors to paste, plans that follow it, its
+table and its JSON.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,13 @@ from torch import Tensor, nn
 
 import wdhook
 from wdhook import Role
+from wdhook._audit.table import audit_rows
 
 
 class Block(nn.Module):
-    """Names that mislead: a matrix that scales, a vector that contracts, a layer that is a table."""
+    """Names that mislead: a matrix that scales, a vector that contracts, a layer that is a
+    table.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +61,9 @@ def audited(model: nn.Module) -> wdhook.Audit:
 
 
 def test_contradictions_and_what_mends_them() -> None:
-    """A use that contradicts the static role is flagged, with a selector that makes the plan follow the use."""
+    """A use that contradicts the static role is flagged, with a selector that makes the plan
+    follow the use.
+    """
     model = Stack()
     found = audited(model)
     assert {f.name.rpartition(".")[2] for f in found.contradictions} == {"mixer", "readout"}
@@ -127,7 +134,9 @@ def test_marks_and_overrides_outrank_the_trace() -> None:
 
 
 def test_where_the_trace_is_silent_the_static_role_stays() -> None:
-    """Unused and opaque parameters, and those that are new since, are decided by type and name as before."""
+    """Unused and opaque parameters, and those that are new since, are decided by type and name
+    as before.
+    """
     model = Stack(1)
     found = audited(model)
     model.new = nn.Linear(2, 2)
@@ -150,7 +159,9 @@ def test_uses_that_contradict_one_another_are_not_flagged() -> None:
 
 
 def test_the_table() -> None:
-    """Contradictions come first and say what was planned; layers that are alike share a row; overrides are code."""
+    """Contradictions come first and say what was planned; layers that are alike share a row;
+    overrides are code.
+    """
     model = Stack()
     text = str(audited(model))
     lines = text.splitlines()
@@ -272,6 +283,89 @@ def test_audits_that_a_plan_cannot_follow(options: dict[str, Any], pieces: list[
         assert piece in str(error.value)
 
 
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def _grown(model: nn.Module) -> nn.Module:
+    model.add_module("new", nn.Linear(2, 2))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        (lambda: Stack(2), True),
+        (lambda: Stack(1), True),  # shallower: its names are all among those of the audit
+        (lambda: Stack(3), True),  # deeper
+        (lambda: _grown(Stack(2)), True),
+        (lambda: nn.DataParallel(Stack(2)), True),
+        (lambda: nn.Sequential(Stack(2)), False),
+        (lambda: _grown(Stack(1)), False),
+        (lambda: nn.Linear(6, 2), False),
+    ],
+    ids=["same", "shallower", "deeper", "grown", "wrapped", "renamed", "another", "unlike"],
+)
+def test_an_audit_knows_its_model(other: Any, same: bool) -> None:
+    """The names of one model are among those of the other, or the audit is refused."""
+    model = other()
+    found = audited(Stack(2))
+    assert found.is_of(_shapes(model)) is same
+    assert bool(found.differences(_shapes(model))) is not same
+
+
+def test_an_audit_of_a_model_of_another_shape_is_refused() -> None:
+    """Equal names are not enough: each shared parameter has one shape."""
+    found = wdhook.audit(nn.Linear(6, 3), torch.randn(2, 6))
+    assert not found.is_of(_shapes(nn.Linear(6, 4)))
+    with pytest.raises(wdhook.ArgumentError) as error:
+        wdhook.plan(nn.Linear(6, 4), 0.1, audit=found)
+    assert "first difference: weight: (3, 6) in the audit, (4, 6) in the model" in str(error.value)
+    assert wdhook.plan(nn.Linear(6, 3), 0.1, audit=found).decayed
+
+
+def test_why_there_is_no_verdict_is_told() -> None:
+    """The table tells an absent gradient from an absent effect, and neither is printed for the
+    other.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2, bias=False), nn.LayerNorm(2), nn.Linear(2, 3)
+    )
+    dead = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    with torch.no_grad():
+        dead[0].bias.fill_(-100.0)
+    x = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
+    signs, silent = wdhook.audit(model, x), wdhook.audit(dead, x)
+    assert signs["2.weight"].doubt == "no effect on the outputs"
+    assert silent["0.weight"].doubt == "no gradient"
+    assert "no effect on the outputs" in str(signs)
+    assert "no gradient" in str(silent)
+    assert "no effect on the outputs" not in str(silent)
+    assert signs["4.weight"].doubt == ""
+    meta = wdhook.audit(nn.Linear(6, 2, device="meta"), torch.randn(2, 6, device="meta"))
+    assert meta["weight"].doubt == "not measured"
+    assert "no gradient" not in str(meta)
+
+
+def test_a_notebook_shows_a_table() -> None:
+    """The HTML holds the headlines, a row for each row of the text, and the overrides, all
+    escaped.
+    """
+    model = Stack()
+    found = audited(model)
+    html = found._repr_html_()
+    lines = str(found).splitlines()
+    assert f"<p>{lines[0]}</p>" in html
+    assert html.count("<tr>") == len(audit_rows(found))
+    assert "<pre>to follow the uses:" in html
+    odd = nn.Module()
+    odd.weights = nn.ParameterDict({"a<b>": nn.Parameter(torch.ones(4, 6))})
+    odd.forward = lambda x: x @ odd.weights["a<b>"].T
+    assert "a&lt;b&gt;" in wdhook.audit(odd, inputs()[0])._repr_html_()
+    assert "<pre>" not in wdhook.audit(nn.Linear(6, 2), inputs()[0])._repr_html_()
+
+
 def test_a_mistake_in_the_inputs_is_the_models_own_error() -> None:
     """Inputs that the model does not take raise what the model raises."""
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
@@ -281,7 +375,8 @@ def test_a_mistake_in_the_inputs_is_the_models_own_error() -> None:
 def test_a_thousand_parameters_print_fast() -> None:
     """The table is linear in the number of parameters: no comparison of each with each.
 
-    Counted, not timed: the number of Python calls for 1,000 parameters is at most 12 times that for 100.
+    Counted, not timed: the number of Python calls for 1,000 parameters is at most 12 times that
+    for 100.
     """
 
     def calls(depth: int) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,7 +48,9 @@ INPUTS = ["--input", "randn(4, 8)", "--input", "rows=tensor([0, 1, 1, 0])"]
 
 
 def test_the_table_and_the_status(file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Contradictions end with status 1 and what to paste, none with 0; what the model prints goes to stderr."""
+    """Contradictions end with status 1 and what to paste, none with 0; what the model prints
+    goes to stderr.
+    """
     assert cli.main(["audit", f"{file}:build", *INPUTS]) == 1
     out, err = capsys.readouterr()
     assert out.startswith("audit of 5 tensors in evaluation mode: 1 contradict the plan")
@@ -62,7 +67,9 @@ def test_the_table_and_the_status(file: str, capsys: pytest.CaptureFixture[str])
 def test_json_and_the_mode(
     file: str, flags: list[str], training: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`--json` is `Audit.to_dict()` with a schema; the mode is that of the target unless a flag says otherwise."""
+    """`--json` is `Audit.to_dict()` with a schema; the mode is that of the target unless a flag
+    says otherwise.
+    """
     assert cli.main(["audit", f"{file}:build", *INPUTS, *flags, "--json"]) == 1
     data = json.loads(capsys.readouterr().out)
     assert (data["schema"], data["training"]) == ("wdhook.audit/1", training)
@@ -82,7 +89,9 @@ def test_json_and_the_mode(
 def test_what_cannot_run(
     file: str, arguments: list[str], pieces: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Inputs that are not understood, and errors of the model, end with status 2 and no traceback."""
+    """Inputs that are not understood, and errors of the model, end with status 2 and no
+    traceback.
+    """
     assert cli.main(["audit", f"{file}:build", *arguments]) == cli.BAD_USAGE
     out, err = capsys.readouterr()
     assert not out
@@ -99,7 +108,44 @@ def test_one_mode_at_most(file: str, capsys: pytest.CaptureFixture[str]) -> None
     assert "not allowed with" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------- the picture
+def test_the_schema_names_every_key(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The keys of the JSON are those that docs/audit.md lists, of the audit and of each
+    parameter.
+    """
+    cli.main(["audit", f"{file}:right", "--input", "randn(4, 8)", "--json"])
+    data = json.loads(capsys.readouterr().out)
+    page = (Path(__file__).parents[2] / "docs" / "audit.md").read_text()
+    section = page[page.index("## The command") :]
+    listed = set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
+    assert listed == {*data, *data["parameters"][0]}
+
+
+def test_the_exit_status_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    """The help lists every status, as docs/audit.md does."""
+    with pytest.raises(SystemExit):
+        cli.main(["audit", "--help"])
+    shown = capsys.readouterr().out
+    for said in ("0  no use contradicts", "1  at least one use", "2  the audit did not run"):
+        assert said in shown
+
+
+# ----------------------------------------------------------------------------------------------
+# the picture
+
+
+PLOT = """
+import sys, torch, wdhook
+assert "matplotlib" not in sys.modules and "wdhook.plot" not in sys.modules
+figure = wdhook.plot.audit(wdhook.audit(torch.nn.Linear(3, 2), torch.randn(4, 3)))
+print(type(figure).__name__, "plot" in dir(wdhook))
+"""
+
+
+def test_plots_need_no_import_of_their_own() -> None:
+    """`wdhook.plot.audit` works after `import wdhook`, which loads neither it nor matplotlib."""
+    pytest.importorskip("matplotlib")
+    run = subprocess.run([sys.executable, "-c", PLOT], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["Figure", "True"]
 
 
 def test_the_picture_shows_every_gradient() -> None:
@@ -120,7 +166,9 @@ def test_the_picture_shows_every_gradient() -> None:
 
 
 def test_the_picture_rings_contradictions() -> None:
-    """What contradicts the plan has a mark and a ring around it; where nothing does there is no ring."""
+    """What contradicts the plan has a mark and a ring around it; where nothing does there is no
+    ring.
+    """
     pytest.importorskip("matplotlib")
 
     class Gate(nn.Module):

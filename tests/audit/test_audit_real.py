@@ -1,4 +1,6 @@
-"""Audits of real architectures: torchvision, timm and transformers, with random weights and small inputs."""
+"""Audits of real architectures: torchvision, timm and transformers, with random weights and
+small inputs.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import wdhook
 
 
 def test_resnet() -> None:
-    """In a ResNet that trains, decay acts on the step size alone in every convolution, row by row, and nowhere else."""
+    """In a ResNet that trains, decay acts on the step size alone in every convolution, row by
+    row, and nowhere else.
+    """
     torchvision = pytest.importorskip("torchvision", exc_type=ImportError)
     model = torchvision.models.resnet18(zero_init_residual=True)
     found = wdhook.audit(model, torch.randn(4, 3, 64, 64))
@@ -22,7 +26,9 @@ def test_resnet() -> None:
 
 
 def test_vision_transformer() -> None:
-    """With norms of queries and keys, a fused qkv is a contraction whose scale matters through the values."""
+    """With norms of queries and keys, a fused qkv is a contraction whose scale matters through
+    the values.
+    """
     timm = pytest.importorskip("timm", exc_type=ImportError)
     model = timm.create_model("vit_tiny_patch16_224", depth=2, qk_norm=True, img_size=32)
     found = wdhook.audit(model, torch.randn(2, 3, 32, 32))
@@ -35,7 +41,9 @@ def test_vision_transformer() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 def test_bert(autocast: bool) -> None:
-    """Keyword inputs, a dataclass of loss, logits and hidden states, tied embeddings, dropout; under autocast too."""
+    """Keyword inputs, a dataclass of loss, logits and hidden states, tied embeddings, dropout;
+    under autocast too.
+    """
     transformers = pytest.importorskip("transformers", exc_type=ImportError)
     config = transformers.BertConfig(
         hidden_size=32,
@@ -61,7 +69,9 @@ def test_bert(autocast: bool) -> None:
 
 
 def test_llama_in_low_precision() -> None:
-    """Norms that compute in float32 on purpose, in a model in bfloat16: the audit is in float64 throughout."""
+    """Norms that compute in float32 on purpose, in a model in bfloat16: the audit is in float64
+    throughout.
+    """
     transformers = pytest.importorskip("transformers", exc_type=ImportError)
     config = transformers.LlamaConfig(
         hidden_size=32,
@@ -80,7 +90,9 @@ def test_llama_in_low_precision() -> None:
 
 
 def test_positions_that_are_kept_in_an_embedding() -> None:
-    """A position table in an `nn.Embedding` that is added whole: the type says embedding, the use says position."""
+    """A position table in an `nn.Embedding` that is added whole: the type says embedding, the
+    use says position.
+    """
     transformers = pytest.importorskip("transformers", exc_type=ImportError)
     config = transformers.Qwen2AudioEncoderConfig(
         d_model=32,

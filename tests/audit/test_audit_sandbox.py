@@ -1,4 +1,6 @@
-"""An audit changes nothing: each thing that a forward or backward pass could change is as it was."""
+"""An audit changes nothing: each thing that a forward or backward pass could change is as it
+was.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,9 @@ def test_nothing_is_changed_where_the_model_fails(key: str) -> None:
 )  # in the twin, for decoupled decay
 @pytest.mark.parametrize("options", [{}, {"at": "step"}, {"mode": "decoupled", "lr": 0.1}], ids=str)
 def test_an_attached_handle_does_not_notice(options: dict[str, Any]) -> None:
-    """Between two micro-batches of a window an audit is no event: training goes on to the last bit as without it."""
+    """Between two micro-batches of a window an audit is no event: training goes on to the last
+    bit as without it.
+    """
 
     def trained(between: Callable[[nn.Module], object]) -> tuple[list[Tensor], str]:
         torch.manual_seed(0)
@@ -168,14 +172,18 @@ def test_it_works_where_gradients_are_off(context: Callable[[], Any]) -> None:
 
 
 def test_it_is_repeatable() -> None:
-    """Two audits of one model say the same, to the last bit: the projections come from a generator of their own."""
+    """Two audits of one model say the same, to the last bit: the projections come from a
+    generator of their own.
+    """
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     x = torch.randn(6, 4)
     assert wdhook.audit(model, x).to_dict() == wdhook.audit(model, x).to_dict()
 
 
 def test_wrapped_models_keep_their_names() -> None:
-    """torch.compile and DataParallel are looked through; the findings bear the names of the wrapped model."""
+    """torch.compile and DataParallel are looked through; the findings bear the names of the
+    wrapped model.
+    """
     plain = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
     x = torch.randn(6, 4)
     expected = [(f.use, f.invariant) for f in wdhook.audit(plain, x).values()]

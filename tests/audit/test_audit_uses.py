@@ -263,7 +263,9 @@ CASES: dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, str]]] = {
 )  # checkpoints of torch 2.4 use it
 @pytest.mark.parametrize("case", CASES)
 def test_each_use_is_recognized(case: str) -> None:
-    """The trace tells every way to use a parameter, through views, casts, copies and functions of it."""
+    """The trace tells every way to use a parameter, through views, casts, copies and functions
+    of it.
+    """
     model, inputs, expected = CASES[case]
     found = wdhook.audit(model, *inputs)
     assert {name: str(found[name].use) for name in expected} == expected
@@ -306,7 +308,9 @@ scaled.register_autograd(lambda ctx, grad: (grad, grad.sum(0)))
     "function", [lambda m, x: Straight.apply(x, m.p[None].squeeze(0)), lambda m, x: scaled(x, m.p)]
 )
 def test_what_cannot_be_seen_through_is_opaque(function: Callable[..., Tensor]) -> None:
-    """Custom autograd functions and operators are not guessed at: the static role stays, and nothing is flagged."""
+    """Custom autograd functions and operators are not guessed at: the static role stays, and
+    nothing is flagged.
+    """
     found = wdhook.audit(Of(function, p=(4,)), x(2, 4))["p"]
     assert found.use is Use.OPAQUE
     assert found.agrees is None
@@ -316,7 +320,9 @@ def test_what_cannot_be_seen_through_is_opaque(function: Callable[..., Tensor]) 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_operators_that_take_functions_are_opaque() -> None:
-    """`flex_attention` is no operator with a schema: what it is given is opaque, what comes out is data."""
+    """`flex_attention` is no operator with a schema: what it is given is opaque, what comes out
+    is data.
+    """
     flex = pytest.importorskip(
         "torch.nn.attention.flex_attention"
     ).flex_attention  # since torch 2.5
@@ -354,7 +360,9 @@ class Output:
 
 
 def test_inputs_and_outputs_may_be_nested() -> None:
-    """Keyword inputs in containers are followed, and every output tensor counts, also in a dataclass."""
+    """Keyword inputs in containers are followed, and every output tensor counts, also in a
+    dataclass.
+    """
 
     def forward(m: Any, batch: dict[str, list[Tensor]], *, extra: tuple[Tensor, Tensor]) -> Output:
         return Output(batch["a"][0] @ m.p, {"h": [extra[1] * m.q]})

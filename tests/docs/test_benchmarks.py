@@ -1,4 +1,4 @@
-"""docs/performance.md: its numbers are those that were measured, and variants are measured side by side."""
+"""docs/performance.md has the measured numbers, and variants are measured side by side."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def play(
     overflows: tuple[int, ...],
     by_hand: bool,
 ) -> None:
-    """accelerate's loop, as its documentation shows it; with decay by hand after the first backward of each step."""
+    """accelerate's documented loop, with decay by hand after the first backward of each step."""
     for i, batch in enumerate(batches(model, 12)):
         with acc.accumulate(model):
             first = next(model.parameters()).grad is None
@@ -110,7 +110,7 @@ def compare(
 )
 @pytest.mark.parametrize(("mode", "at", "loop"), CASES)
 def test_every_loop(mode: str, at: str, loop: str, order: str) -> None:
-    """Before or after `prepare`; `accumulate`, `clip_grad_norm_` and the scaler: bit for bit the reference."""
+    """Before or after `prepare`; `accumulate`, `clip_grad_norm_`, scaler: bit for bit."""
     compare(mode, at, order, **LOOPS[loop])
 
 
@@ -130,7 +130,7 @@ def test_a_scaler_that_was_not_given() -> None:
 
 
 def test_own_decay_behind_the_wrapper() -> None:
-    """accelerate's wrapper hides nothing: the decay of the optimizer inside is seen, and can be adopted."""
+    """accelerate's wrapper hides nothing: the inner decay is seen, and can be adopted."""
     net, twin = twins(perceptron())
     acc = accelerator(1, scaled=False)
     model, optimizer = acc.prepare(net, torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=λ))

@@ -23,7 +23,7 @@ def test_the_arguments_are_those_of_attach() -> None:
 
 @pytest.mark.parametrize("name", ["optimizer", "scaler", "model", "mod"])
 def test_other_arguments(name: str) -> None:
-    """An argument that a framework knows itself, or that does not exist, is an error when the callback is made."""
+    """An unknown argument, or one of the framework's own, is an error of the constructor."""
     with pytest.raises(
         wdhook.ArgumentError, match=f"`{name}` is no argument of Attached.*\n.*overrides"
     ):
@@ -31,7 +31,7 @@ def test_other_arguments(name: str) -> None:
 
 
 def test_a_run_that_begins_ends_the_last_one() -> None:
-    """Attached again without `remove`, as after an exception that nobody told of: there is one handle."""
+    """Attached again without `remove`, as after an exception: there is one handle."""
     net, callback = perceptron(), Attached(λ, {"at": "step"})
     first = callback.attach(net, [], None)
     assert callback.attach(net, [], None) is callback.decay is not first

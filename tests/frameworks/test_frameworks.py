@@ -1,4 +1,4 @@
-"""docs/frameworks.md: every block runs, and ends where the same block does with the optimizer's own decay."""
+"""docs/frameworks.md: every block runs, and ends as it does with the optimizer's own decay."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ NO_WDHOOK = [
         r"torch\.optim\.AdamW\((\w+)\.parameters\(\), lr=0\.01, weight_decay=0\)",
         r"torch.optim.AdamW(groups(\1), lr=0.01)",
     ),
-    (r"weight_decay=0\.0\)", f"weight_decay={λ})"),
+    (r"weight_decay=0\.0(?=\s*\))", f"weight_decay={λ}"),
     (
         r"partial\(OptimWrapper, opt=(.*)\)",
         r"lambda _, lr: OptimWrapper(opt=\1(groups(model), lr=lr))",

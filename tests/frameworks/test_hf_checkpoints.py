@@ -33,7 +33,7 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_resume(mode: str, at: str, folder: Path, forget: bool = False, **arguments: Any) -> Any:
-    """Raise unless a resumed run with the callback, and one without wdhook, end with the same parameters."""
+    """Raise unless resumed runs with the callback and without wdhook end alike."""
     by_hand = mode == "independent"
     callback = WeightDecayCallback(λ, mode=mode, at=at)
 
@@ -78,7 +78,7 @@ def check_resume(mode: str, at: str, folder: Path, forget: bool = False, **argum
 @pytest.mark.parametrize("anew", [False, True], ids=["kept", "made anew"])
 @pytest.mark.parametrize(("mode", "at"), [*MOMENTS, ("independent", "step")])
 def test_resume(mode: str, at: str, anew: bool, tmp_path: Path) -> None:
-    """A run that is resumed goes on with the λ that a schedule had set, also where the Trainer remakes callbacks."""
+    """A resumed run keeps the λ of its schedule, also where the Trainer makes new callbacks."""
     checkpoint = check_resume(mode, at, tmp_path, restore_callback_states_from_checkpoint=anew)
     resumed = state_of(checkpoint)["attributes"]["resumed"]
     assert resumed["weight_decay"] == pytest.approx(λ if mode == "independent" else 3 * λ)

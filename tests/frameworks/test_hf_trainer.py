@@ -1,4 +1,4 @@
-"""The callback for the Hugging Face Trainer: each training is compared with one that does not use wdhook."""
+"""The callback for the Hugging Face Trainer: each training is compared with one without wdhook."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ LOOPS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize(("mode", "at"), MOMENTS)
 def test_every_loop(mode: str, at: str, loop: str, tmp_path: Path) -> None:
-    """Accumulation and clipping by the Trainer: TrainingArguments.weight_decay, or decay by hand, bit for bit."""
+    """Accumulation and clipping by the Trainer: its own decay, or by hand, bit for bit."""
     if (mode, at) == ("decoupled", "backward") and "accumulated" in loop:
         with pytest.warns(
             wdhook.WdhookWarning, match="second gradient before the optimizer stepped"
@@ -123,7 +123,7 @@ class Layerwise(Trainer):
 @pytest.mark.parametrize("optim", THIRD_PARTY)
 @pytest.mark.parametrize(("mode", "at"), MOMENTS)
 def test_third_party_optimizers(mode: str, at: str, optim: str, tmp_path: Path) -> None:
-    """`optim=` of others: bit for bit what decay by hand does, just before the step or in the backward."""
+    """`optim=` of others: bit for bit the decay by hand, at the step or in the backward."""
     if "galore" in optim:
         pytest.importorskip(
             "galore_torch", reason="needs galore-torch and bitsandbytes", exc_type=ImportError
@@ -177,7 +177,7 @@ def test_the_scaler_of_accelerate(mode: str, at: str, loop: str, tmp_path: Path)
 
 
 def test_attached_while_training_runs(tmp_path: Path) -> None:
-    """Hooks are there during `train`, and none is left after it; a second `train` is decayed again."""
+    """Hooks are there during `train`, and gone after it; a second `train` is decayed again."""
     (net, twin), seen = twins(perceptron()), []
     callback = WeightDecayCallback(λ)
     ours = trainer_of(
@@ -198,7 +198,7 @@ def test_attached_while_training_runs(tmp_path: Path) -> None:
 
 
 def test_after_an_exception(tmp_path: Path) -> None:
-    """The Trainer tells nobody of an exception: `remove` does what it says, and the next `train` begins anew."""
+    """The Trainer does not report an exception; `remove` works, the next `train` begins anew."""
     (net, twin), callback = twins(perceptron()), WeightDecayCallback(λ)
 
     def fail(_: Any) -> None:

@@ -1,4 +1,4 @@
-"""The callback for Lightning, in every loop: bit for bit a fit in which torch.optim decays by itself."""
+"""The callback for Lightning, in every loop: bit for bit a fit with torch.optim's own decay."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_the_comparison_can_fail(mode: str, at: str) -> None:
 def test_the_scaler_of_the_precision_plugin(
     mode: str, at: str, overflows: tuple[int, ...], loop: str
 ) -> None:
-    """16-mixed: the callback finds the scaler; accumulation, clipping, growth and skipped steps change no bit."""
+    """16-mixed: the callback finds the scaler; clipping and skipped steps change no bit."""
 
     def fresh() -> dict[str, Any]:
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
@@ -128,7 +128,7 @@ def test_manual_optimization_with_two_optimizers(mode: str, at: str) -> None:
 
 
 def check_ddp(mode: str, at: str, loop: dict[str, Any], views: bool) -> None:
-    """In a worker: raise unless DDP with the callback is DDP with decay of torch.optim or by hand, on all ranks."""
+    """In a worker: raise unless DDP with the callback equals DDP with decay of another kind."""
     rank = torch.distributed.get_rank()
     net = compare(mode, at, loop, fresh=lambda: ddp(gradient_as_bucket_view=views), seed=1 + rank)
     flat = torch.cat([p.detach().flatten() for p in net.parameters()])
@@ -140,7 +140,7 @@ def check_ddp(mode: str, at: str, loop: dict[str, Any], views: bool) -> None:
 @pytest.mark.parametrize("views", [False, True], ids=["copies", "views"])
 @pytest.mark.parametrize(("mode", "at"), MOMENTS)
 def test_ddp(two: Group, mode: str, at: str, views: bool) -> None:
-    """strategy="ddp" with two processes: the bits of DDP with the optimizer's own decay, the same on both."""
+    """strategy="ddp", two processes: the bits of DDP with the optimizer's decay, on both."""
     loop = LOOPS["clipped" if (mode, at) == ("decoupled", "backward") else "accumulated"]
     # An even number, so that the first gradient of each step is a local one for decay by hand too.
     two(check_ddp, mode, at, {**loop, "limit_train_batches": 6}, views)

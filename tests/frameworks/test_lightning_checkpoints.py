@@ -1,4 +1,4 @@
-"""The callback for Lightning: its state in checkpoints, each resumed run compared with one that torch.optim decays."""
+"""The callback for Lightning in checkpoints: resumed runs are compared with torch.optim's decay."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def resumed(
     then: list[Any],
     forget: bool = False,
 ) -> None:
-    """Train `module` and save, then let `again` go on from there, or from a file that forgets the callbacks."""
+    """Train `module` and save; then `again` resumes, maybe from a file without callbacks."""
     if saved == "after fit":
         fit(module, *first).save_checkpoint(path)
     else:
@@ -88,7 +88,7 @@ def resumed(
 
 
 def check_resume(mode: str, at: str, saved: str, path: Path, forget: bool = False) -> None:
-    """Raise unless a resumed run with the callback, and one without wdhook, end with the same parameters."""
+    """Raise unless resumed runs with the callback and without wdhook end alike."""
     kind = KINDS.get(mode, torch.optim.SGD)
     by_hand = mode == "independent"
     callback = WeightDecay(λ, mode=mode, at=at)
@@ -109,7 +109,7 @@ def check_resume(mode: str, at: str, saved: str, path: Path, forget: bool = Fals
 @pytest.mark.parametrize("saved", ["while fit runs", "after fit", "by an exception"])
 @pytest.mark.parametrize(("mode", "at"), [*MOMENTS, ("independent", "step")])
 def test_resume(mode: str, at: str, saved: str, tmp_path: Path) -> None:
-    """A run that is resumed goes on with the λ that a schedule had set, and with the peaks of "independent"."""
+    """A resumed run keeps the λ that a schedule had set, and the peaks of "independent"."""
     check_resume(mode, at, saved, tmp_path / "saved.ckpt")
     state = torch.load(tmp_path / "saved.ckpt", weights_only=True)["callbacks"]["WeightDecay"]
     assert state["weight_decay"] == pytest.approx(λ if mode == "independent" else 3 * λ)
@@ -157,7 +157,7 @@ def test_a_checkpoint_that_is_loaded_late(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_for_evaluation_changes_no_later_fit(tmp_path: Path) -> None:
-    """`validate` loads the state of callbacks too; a `fit` that begins anew has the λ that was given."""
+    """`validate` loads the state of callbacks too; a new `fit` has the λ that was given."""
     path = tmp_path / "a.ckpt"
     fit(Regression(perceptron(), KINDS["coupled"]), WeightDecay(λ)).save_checkpoint(path)
     callback, seen = WeightDecay(0.9), []
@@ -184,7 +184,7 @@ def test_a_checkpoint_of_another_mode(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", [*KINDS, "independent"])
 def test_a_search_for_the_learning_rate(mode: str, tmp_path: Path) -> None:
-    """Lightning's search runs before the callback attaches, and starts again from a checkpoint: it changes nothing."""
+    """Lightning's search precedes the callback, then restores a checkpoint: no effect."""
     kind = KINDS.get(mode, torch.optim.SGD)
     net, twin = twins(perceptron())
     own = (0.0, [Independent()]) if mode == "independent" else (λ, [])

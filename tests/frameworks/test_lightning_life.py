@@ -1,4 +1,4 @@
-"""The callback for Lightning: when it attaches and removes, its checkpoints, what it logs and what it refuses."""
+"""The callback for Lightning: attaching and removing, its checkpoints, its logs and its errors."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Memory(pl.loggers.logger.Logger):
 
 
 def test_log() -> None:
-    """λ and the norms by role are logged at the steps that the Trainer logs, and are those after the step."""
+    """λ and the norms by role are logged at the steps that the Trainer logs, as after the step."""
     net = perceptron()
     expected: dict[int, dict[str, float]] = {}
 

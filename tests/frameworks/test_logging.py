@@ -1,4 +1,4 @@
-"""docs/logging.md: its blocks run with the real loggers, and what they write is what the model held."""
+"""docs/logging.md: its blocks run with the real loggers, and write what the model held."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def norm_of_weights(net: nn.Module) -> float:
 
 
 def test_tensorboard(net: nn.Module, tmp_path: Path) -> None:
-    """λ, norm, gradient, angle and share of each role, at every second step, from the norm at the start."""
+    """λ, norm, gradient, angle and share of each role, at every second step."""
     pytest.importorskip("tensorboard", reason="needs tensorboard")
     start = norm_of_weights(net)
     run(TENSORBOARD, net)

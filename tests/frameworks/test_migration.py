@@ -65,7 +65,7 @@ def train(title: str, code: str, net: nn.Module, folder: Path) -> dict[str, Tens
 
 
 def start(title: str) -> nn.Module:
-    """A model with convolution, linear layer, biases, BatchNorm and LayerNorm, or one that Trainer's rows fit."""
+    """A model with convolution, linear, biases and norms, or one for the Trainer's rows."""
     return perceptron() if title.startswith("Hugging Face") else convnet()
 
 

@@ -36,7 +36,7 @@ def room_of(name: str) -> str:
 
 
 def test_imports_point_upwards_in_the_list_of_rooms() -> None:
-    """Every file is in a room, and imports only from its own room and those above; typing imports count."""
+    """Every file is in a room, and imports only from there and above; typing imports count."""
     assert {room_of(name) for name in FILES} == set(ROOMS)
     for name, path in FILES.items():
         for other in imports_of(path, typing_too=True):
@@ -61,7 +61,7 @@ def test_no_file_imports_itself_by_a_detour() -> None:
 
 
 def test_the_tests_of_imports_see_them() -> None:
-    """The checks above are not blind: they find imports that are there, and tell typing from running."""
+    """Twin of the checks above: they find imports that are there, and tell typing from running."""
     decide = PACKAGE / "_plan" / "decide.py"
     assert {"_base.errors", "_roles.classifier", "_plan.decision"} <= imports_of(decide)
     assert "_audit.report" in imports_of(decide, typing_too=True)
@@ -91,7 +91,7 @@ def test_no_file_is_too_large() -> None:
 
 @pytest.mark.parametrize("name", [n for n in wdhook.__all__ if not n.startswith("__")])
 def test_every_public_name_has_a_docstring(name: str) -> None:
-    """Public ⇒ documented; tests/docs/test_documented.py sees to the page that is made from the docstrings."""
+    """Public ⇒ documented; tests/docs/test_documented.py checks the page of names itself."""
     assert inspect.getdoc(getattr(wdhook, name))
 
 
@@ -141,7 +141,7 @@ def test_one_version() -> None:
     """The version of the package is that of its metadata and of the changelog."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    assert config["metadata"]["version"] == wdhook.__version__
+    assert config["metadata"]["version"] == "attr: wdhook.__version__"
     assert f"## [{wdhook.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 

@@ -30,7 +30,7 @@ TORCH: dict[str, Callable[[], nn.Module]] = {
 
 
 def build(library: str, name: str) -> nn.Module:
-    """The architecture of that name; skips the test where its library, or the name in it, is absent."""
+    """The architecture of that name; skips the test where its library, or its name, is absent."""
     try:
         return make(library, name)
     except UnknownNameError:

@@ -67,7 +67,7 @@ class Package:
 def by_signature(
     kind: Any, weight: Group | None = None, rest: Group | None = None, **given: Any
 ) -> Build:
-    """Construct `kind` with our lr and without decay, where it has such arguments, and with what is given.
+    """Construct `kind` with our lr, without decay (where it has such arguments), and with `given`.
 
     Args:
         kind: a class, or a function that makes an optimizer.
@@ -90,7 +90,7 @@ def by_signature(
 
 
 def optimizers_in(module: ModuleType, *homes: str) -> dict[str, type]:
-    """name → class of the optimizers that a module exports, and that are at home in its package (or in `homes`)."""
+    """name → class of the optimizers that a module exports and its package (or `homes`) defines."""
     at_home = {module.__name__.split(".")[0], *homes}
     return {
         name: kind
@@ -110,7 +110,7 @@ _FIELDS = {"build", "loop", "model", "surroundings", "lr_of", "groups", "attach"
 
 
 def listed(package: str, kinds: dict[str, type], special: dict[str, dict[str, Any]]) -> list[Case]:
-    """A case for every class: with the fields and arguments in `special`, and by its signature where that is silent.
+    """A case for every class: with the fields and arguments in `special`, else by its signature.
 
     A key of `special` may be a class and a variant of it: "Adam decoupled".
     """

@@ -1,4 +1,4 @@
-"""Training loops in which the decay is written by hand, for every way in which an optimizer wants to be driven."""
+"""Training loops with decay written by hand, for every way in which an optimizer is driven."""
 
 from __future__ import annotations
 
@@ -64,9 +64,10 @@ AFTER = ("decoupled after", "fixed after")
 class Hand:
     """Decay written by hand. A loop says when the gradients are there, and when the update comes.
 
-    Modes: "coupled at backward", "coupled at step", "decoupled", and formulas that optimizers have themselves:
-    "decoupled after" the update, "corrected" (p·(1 − lr²/lr_max·λ)), "independent" (p·(1 − lr/lr_max·λ)),
-    "fixed" (p·(1 − λ)), "fixed after". "none" does nothing, "probe" multiplies with `probe`.
+    Modes: "coupled at backward", "coupled at step", "decoupled", and the formulas of optimizers:
+    "decoupled after" the update, "corrected" (p·(1 − lr²/lr_max·λ)),
+    "independent" (p·(1 − lr/lr_max·λ)), "fixed" (p·(1 − λ)), "fixed after". "none" does nothing,
+    "probe" multiplies with `probe`.
     """
 
     def __init__(self, model: nn.Module, mode: str, lr: Callable[[Group], Any]) -> None:
@@ -242,7 +243,7 @@ def around(name: str, loop: Loop = plain) -> Loop:
 
 
 def fused(model: nn.Module, optimizer: Any, batch: Tensor, hand: Hand) -> None:
-    """LOMO: updates in the backward pass. By hand, the decay is in a hook that comes before its own."""
+    """LOMO: updates in the backward pass. By hand, the decay is in an earlier hook."""
 
     def decay(p: Tensor) -> None:
         one = hand.of_one(p)
@@ -265,7 +266,7 @@ def fused(model: nn.Module, optimizer: Any, batch: Tensor, hand: Hand) -> None:
 
 
 def layer_wise(model: nn.Module, optimizer: Any, batch: Tensor, hand: Hand) -> None:
-    """The Trainer of transformers: an optimizer for each parameter, in hooks, and a dummy that it steps."""
+    """The Trainer of transformers: an optimizer a parameter, in hooks, and a dummy to step."""
 
     def update(p: Tensor) -> None:
         one = hand.of_one(p)

@@ -26,7 +26,7 @@ CORRECTED = {**ESTIMATED, "use_bias_correction": True, "lr_of": corrected}
 
 
 def around_sgd(kind: Any) -> Build:
-    """It keeps its own entries in the state of the optimizer inside, which AdamW does not expect."""
+    """Keeps its own entries in the state of the inner optimizer, unexpected by AdamW."""
     return lambda model, groups: kind(torch.optim.SGD(groups, lr=LR))
 
 

@@ -26,7 +26,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 Attach = Callable[[nn.Module, Any], contextlib.AbstractContextManager[Any]]
 
-CLOSE = 1e-3  # of the effect of the decay: rounding in float32 is a hundred times less, other formulas are more
+# Of the effect of the decay: float32 rounds a hundred times less, other formulas differ by more.
+CLOSE = 1e-3
 SIMILAR = 0.15  # the same formula where the update reads the parameter before or after it
 
 
@@ -79,7 +80,7 @@ def prepared(case: Case, own: float = 0.0) -> Iterator[tuple[nn.Module, Any, Han
 
 
 def halve_lr(groups: list[dict[str, Any]]) -> None:
-    """As a scheduler would: without it, formulas that differ by the schedule alone would look the same."""
+    """As a scheduler would: formulas that differ by the schedule alone would look the same else."""
     for group in groups:
         if isinstance(group.get("lr"), float):
             group["lr"] /= 2
@@ -200,7 +201,7 @@ def adoption(case: Case) -> str:
 
 
 def survival(case: Case) -> float | None:
-    """How much of a shrinkage just before the third step is there after it: 1 where updates are added to p."""
+    """The part of a shrinkage before the third step that is left after it: 1 if updates add."""
     ends, before = [], None
     for factor in (1.0, 0.9):
         with prepared(case) as (model, optimizer, hand):

@@ -1,4 +1,4 @@
-"""What the tests of torch.compile share: one training, counted, with wdhook or with torch.optim's own decay."""
+"""One training for the tests of torch.compile, counted, with wdhook or torch.optim's own decay."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Loop = Callable[[nn.Module, torch.optim.Optimizer], Iteration]
 def dynamo(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    """Inductor compiles in this process, into a directory of these tests; nothing compiled outlives a test."""
+    """Inductor compiles in this process, into a directory of these tests, test by test."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     trace = logging.getLogger(
@@ -106,7 +106,8 @@ def play(
     """Train with the loop that `loop` makes. Both lr and λ change from step to step.
 
     Args:
-        loop: is given the model and its optimizer, compiles what it likes, and returns one iteration.
+        loop: is given the model and its optimizer, compiles what it likes, and returns one
+            iteration.
         mode: the formula of the decay.
         at: the moment; None is the reference, in which torch.optim decays by itself.
         make: the model.

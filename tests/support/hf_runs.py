@@ -1,4 +1,4 @@
-"""What the tests of the Hugging Face callback train: a model that computes its loss, decay by hand, quiet Trainers."""
+"""Trainings for the Hugging Face callback: a model with a loss, decay by hand, quiet Trainers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-# The Trainer's own groups decay what wdhook decays: of a perceptron, the weights of the linear layers.
+# The Trainer's own groups decay what wdhook decays: here, the weights of the linear layers.
 OWN = {"coupled": "sgd", "decoupled": "adamw_torch"}
 MOMENTS = [(mode, at) for mode in OWN for at in ("backward", "step")]
 
@@ -48,7 +48,7 @@ class Rows(Dataset[dict[str, Tensor]]):
 
 
 class DecayInBackward(Trainer):
-    """Coupled decay by hand, after the first backward pass of each step, multiplied with the scale of the loss."""
+    """Coupled decay by hand, after each step's first backward pass, times the scale of the loss."""
 
     def training_step(self, model: Any, *inputs: Any) -> Tensor:
         fresh = next(model.parameters()).grad is None

@@ -59,8 +59,8 @@ def torchtune(kind: Any, **arguments: Any) -> Install:
 
 
 def galore_layerwise(model: nn.Module, weight_decay: float) -> Running:
-    """Low rank for the matrices, a schedule for each, and the dummy that the Trainer of transformers steps."""
-    kind = pytest.importorskip("galore_torch", reason="GaLore").GaLoreAdamW
+    """Low rank for the matrices, a schedule for each, and transformers' dummy optimizer."""
+    kind = pytest.importorskip("galore_torch").GaLoreAdamW
     dummy = pytest.importorskip("transformers.trainer_pt_utils").LayerWiseDummyOptimizer(lr=LR)
     low_rank = {"rank": 2, "update_proj_gap": 2, "scale": 0.25, "proj_type": "std"}
     each = {
@@ -105,7 +105,7 @@ def gradient_release(kind: str, **arguments: Any) -> Install:
     """optimi: one optimizer for all parameters, called in the hook of each."""
 
     def install(model: nn.Module, weight_decay: float) -> Running:
-        optimi = pytest.importorskip("optimi", reason="torch-optimi")
+        optimi = pytest.importorskip("optimi")
         groups = own_groups(model, weight_decay)
         optimizer = getattr(optimi, kind)(
             groups, lr=LR, gradient_release=True, triton=False, **arguments

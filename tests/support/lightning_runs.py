@@ -1,4 +1,4 @@
-"""What the tests of the Lightning callback train: modules without wdhook, decay by hand, and quiet Trainers."""
+"""Trainings for the Lightning callback: modules without wdhook, decay by hand, quiet Trainers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from twins import LR, batches, loss_of, weights, λ
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the framework's imports
-    pl = pytest.importorskip("lightning.pytorch", reason="needs Lightning")
+    pl: Any = pytest.importorskip("lightning.pytorch", reason="needs Lightning")
     from lightning.pytorch.plugins.environments import LightningEnvironment
     from lightning.pytorch.strategies import DDPStrategy
 
@@ -30,7 +30,7 @@ QUIET = [
 
 
 def groups_of(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Hand-made param groups, a parameter each: clipping sums the gradients in the order of the groups."""
+    """Hand-made param groups, a parameter each: clipping sums gradients in their order."""
     decayed = {id(p) for p in weights(model)}
     return [
         {"params": [p], "weight_decay": weight_decay * (id(p) in decayed)}
@@ -100,7 +100,7 @@ class Gan(pl.LightningModule):
 
 
 class InBackward(pl.Callback):
-    """Coupled decay by hand, after the first backward pass of each step, multiplied with the scale of the loss."""
+    """Coupled decay by hand, after each step's first backward pass, times the scale of the loss."""
 
     def on_after_backward(self, trainer: Any, module: Any) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)

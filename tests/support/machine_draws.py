@@ -1,4 +1,4 @@
-"""What a run of `test_machine` is about: a model of two parts, its optimizers, and how wdhook is attached."""
+"""Draws a run of `test_machine`: a model of two parts, its optimizers, and the way to attach."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def stop(*_: object) -> None:
 
 
 class Signs(Optimizer):
-    """As third parties write them: an update through `.data`, which no version counter sees, and no weight decay."""
+    """A third-party optimizer: updates through `.data`, unseen by version counters, no decay."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, {"lr": lr})
@@ -145,7 +145,8 @@ class Config:
 def sensible(config: Config) -> Config:
     """The nearest configuration that means something."""
     in_backward = config.mode != "coupled" and config.at == "backward"
-    # One scaler un-scales a gradient once; and before a step nobody knows whose lr decay in the backward has to read.
+    # One scaler un-scales a gradient once; and before a step the learning rate that decay in the
+    # backward has to read is unknown.
     shared = config.shared and len(config.optimizers) == 2 and not (in_backward or config.scale)
     optimizers = (
         tuple(k.replace(" maximize", "") for k in config.optimizers)

@@ -1,6 +1,7 @@
-"""The slow twin of `test_machine`: the loop without wdhook, and a ledger of what each parameter owes.
+"""The slow twin of `test_machine`: the loop without wdhook, and a ledger of owed decay.
 
-The ledger follows the documents, not the engine: it is told of every event, so it needs neither hooks nor notes.
+The ledger follows the documents, not the engine: it is told of every event, so that it needs
+neither hooks nor notes.
 
 * coupled: when an optimizer reads a gradient buffer, λ·p is in it once, as p was when it was added;
 * decoupled: p is multiplied by 1 − lr·λ once in each window, which ends when a step ends;
@@ -26,7 +27,7 @@ class Account:
 
     paid: bool = False  # it was decayed in this window
     inside: bool = False  # that decay is in the gradient (coupled)
-    kept: bool = False  # the decay of an earlier window is in the gradient, which nobody changed since its step
+    kept: bool = False  # an earlier window's decay is in the gradient, unchanged since its step
     derived: bool = False  # the gradient was replaced after its decay
     lost: bool = (
         False  # the decay was zeroed away in place, and no gradient came since: nobody can see that
@@ -173,7 +174,7 @@ class Twin(World):
         return [{n for n in changed if self.handle(n) == handle} for handle in range(len(self.λ))]
 
     def is_mixed(self) -> bool:
-        """Whether some of the gradients that were changed in place were zeroed, and others of the handle were not."""
+        """Whether gradients that changed in place were zeroed, while others were not."""
         return any(
             len({self.accounts[n].lost for n in suspects}) == 2 for suspects in self.suspects()
         )
@@ -211,7 +212,7 @@ class Twin(World):
             return not account.paid
         if account.inside or account.kept or account.derived:
             return False
-        # Zeroed away unseen: it may be decayed again, or not. What was zero and is not zero now, was.
+        # Zeroed away unseen: decayed again, or not; known if a zero became a number.
         return not account.lost or bool(self.theirs()[name].any())
 
     def warn_of_derived(self, index: int) -> None:

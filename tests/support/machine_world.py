@@ -1,4 +1,4 @@
-"""A training loop, event by event: the world in which `test_machine` and its twin live, and that with wdhook in it."""
+"""A training loop, event by event: the world of `test_machine`, of its twin, and of wdhook."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Remake the tables of docs/audit.md: what traces say of real architectures, against the static classifier.
+"""Remake the tables of docs/audit.md: traces of real architectures against the classifier.
 
     python tests/support/make_audit_table.py [--show] [LIBRARY ...]
 
-One model of each family of torchvision, timm and transformers is built on the meta device, where a forward pass
-costs no arithmetic, and audited with inputs that it accepts. Those that accept none, or take
-longer than twenty seconds, are counted. `--show` prints the
-tables and each contradiction instead of writing the page.
+One model of each family of torchvision, timm and transformers is built on the meta device, where
+a forward pass costs no arithmetic, and audited with inputs that it accepts. Those that accept
+none, or take longer than twenty seconds, are counted. `--show` prints the tables and each
+contradiction instead of writing the page.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ import wdhook  # noqa: E402
 
 PAGE = ROOT / "docs" / "audit.md"
 START, END = "<!-- made by tests/support/make_audit_table.py -->\n", "<!-- end -->\n"
-HEAD = "| library | models | without input | tensors | agree | contradict | no use seen | marked or not known |\n"
+HEAD = (
+    "| library | models | without input | tensors | agree | contradict | no use seen "
+    "| undecided |\n"
+)
 SECONDS = 20  # for a model; the slowest trace tens of thousands of operations
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -47,7 +50,8 @@ def ones(*shape: int) -> Tensor:
     return torch.ones(*shape, dtype=torch.long, device="meta")
 
 
-# ---------------------------------------------------------------------------------------------- families
+# ----------------------------------------------------------------------------------------------
+# families
 
 
 def torchvision_models() -> Iterator[
@@ -168,7 +172,8 @@ LIBRARIES = {
     "transformers": transformers_models,
 }
 
-# ---------------------------------------------------------------------------------------------- audits
+# ----------------------------------------------------------------------------------------------
+# audits
 
 
 def audited(
@@ -205,7 +210,7 @@ def limited(seconds: int) -> Iterator[None]:
 
 
 def audits(library: str) -> Iterator[tuple[str, nn.Module | None, wdhook.Audit | None]]:
-    """(name, model, its audit) for each family; None where it cannot be built on the meta device, or run."""
+    """Yield (name, model, audit) of each family; None where it cannot be built or run on meta."""
     for name, build, inputs in LIBRARIES[library]():
         model = audit = None
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -1,9 +1,10 @@
-"""Remake docs/optimizers.md from the optimizers that are installed here, or check that it is current for them.
+"""Remake docs/optimizers.md from the installed optimizers, or check that it is current for them.
 
     python tests/support/make_optimizer_table.py [--check] [PACKAGE ...]
 
-Rows of packages that are not installed (or not named) stay as they are. `--check` changes nothing: it exits with 1 and
-shows the difference if a package is installed in the version of its table and the rows are not what is found now.
+Rows of packages that are not installed (or not named) stay as they are. `--check` changes nothing:
+it exits with 1 and shows the difference if a package is installed in the version of its table and
+the rows are not what is found now.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from catalogue_verdict import MODES, verdict  # noqa: E402
 
 PAGE = ROOT / "docs" / "optimizers.md"
 START = "<!-- the tables: made by tests/support/make_optimizer_table.py -->"
-HEAD = "| optimizer | coupled, backward | coupled, step | decoupled, step | its own decay | `adopt` | note |\n"
+HEAD = (
+    "| optimizer | coupled, backward | coupled, step | decoupled, step | its own decay "
+    "| `adopt` | note |\n"
+)
 RULE = "|---|---|---|---|---|---|---|\n"
 SHORT = {"exact": "✓"}
 LOST = 0.95  # of a shrinkage; updates that read the parameter take back less
@@ -56,7 +60,8 @@ def note(case: Case) -> str:
 def table(package: Package) -> str:
     """The section of a package that is installed."""
     torch.set_num_threads(1)
-    return f"### {package.name} {package.version}\n\n{HEAD}{RULE}{''.join(map(row, cases_of(package.name)))}"
+    rows = "".join(map(row, cases_of(package.name)))
+    return f"### {package.name} {package.version}\n\n{HEAD}{RULE}{rows}"
 
 
 def sections(page: str) -> tuple[str, dict[str, str]]:

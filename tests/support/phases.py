@@ -42,7 +42,7 @@ def attached(model: nn.Module, mode: str, at: str) -> wdhook.WeightDecay:
 def compare(
     model: nn.Module, mode: str, at: str, script: Callable[[nn.Module, Optimize], object]
 ) -> None:
-    """Run `script` with wdhook, and with the decay of torch.optim on a copy; raise unless no bit differs."""
+    """Run `script` with wdhook, and on a copy with torch.optim's decay; raise if a bit differs."""
     model, twin = twins(model)
     with attached(model, mode, at):
         script(model, plain(mode))

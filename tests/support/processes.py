@@ -1,4 +1,4 @@
-"""Groups of processes that stay for the whole test run: importing torch in each test would take most of the time."""
+"""Process groups that stay for the whole test run: most of a test would be the import of torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Group:
-    """`size` processes that have met in one gloo process group, through a file. They start with the first call.
+    """`size` processes in one gloo process group that meet through a file, from the first call on.
 
     A call in which one of them dies or hangs ends them all: the next call starts new ones.
     """
@@ -37,7 +37,8 @@ class Group:
             What each rank returned.
 
         Raises:
-            AssertionError: some rank raised, or was not done in `timeout` seconds; with its traceback.
+            AssertionError: some rank raised, or was not done in `timeout` seconds; with its
+                traceback.
         """
         if not self._processes:
             self._start()

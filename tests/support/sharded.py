@@ -1,4 +1,4 @@
-"""What the tests of sharded models share: a model that no number of ranks divides, a loop, and its references."""
+"""For tests of sharded models: a model that no number of ranks divides, a loop, its references."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ needs_dtensor = pytest.mark.skipif(
 STEPS = 4
 WAYS = [("coupled", "backward"), ("coupled", "step"), ("decoupled", "step")]
 
-# float64: a sum over ranks or micro-batches in another order differs by some units in the last place (2e-16) of numbers
-# below 10, and 4 steps of learning rate 0.1 carry that on. AdamW divides by the root of its second moments, above 1e-5.
+# float64: a sum over ranks or micro-batches in another order differs by some units in the last
+# place (2e-16) of numbers below 10, and 4 steps of learning rate 0.1 carry that on. AdamW divides
+# by the root of its second moments, above 1e-5.
 BOUND = 1e-10
 
 
 def blocks(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-    """Sizes that neither 2 nor 4 divides, and a head of one row: some ranks hold an empty shard of it."""
+    """Sizes that neither 2 nor 4 divides, and a head of one row: some shards of it are empty."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(
@@ -174,8 +175,8 @@ class Trainer:
         """Train.
 
         Args:
-            by_hand: when to add λ·p to the gradients that have come into being in step i: after the "backward" that
-                brings the first of them, before the "step", or never.
+            by_hand: when to add λ·p to the gradients that have come into being in step i: after
+                the "backward" that brings the first of them, before the "step", or never.
         """
         inputs = iter(batches(model, STEPS * self.loop.micro))
         for i in range(STEPS):
@@ -210,8 +211,8 @@ class Trainer:
         """Train without wdhook: λ·p is added by hand after the first backward.
 
         Args:
-            late: not so until a step was taken, but before that step: a handle whose hooks went with the parameters
-                finds the new ones there.
+            late: not so until a step was taken, but before that step: a handle whose hooks went
+                with the parameters finds the new ones there.
         """
         first = next(i for i in range(STEPS) if i not in self.loop.skipped)
         optimizer = optimizer_of("coupled", self.groups(model, 0.0))
@@ -243,7 +244,7 @@ def play_scaled(
 def reference(
     mode: str, at: str, make: Callable[[], nn.Module], trainer: Trainer, late: bool = False
 ) -> nn.Module:
-    """A model trained without wdhook: by torch's own decay, or by hand where that has another moment."""
+    """A model trained without wdhook: by torch's decay, or by hand where torch's is elsewhere."""
     model = make()
     if (mode, at) == ("coupled", "backward"):
         trainer.play_penalised(model, late)
@@ -314,7 +315,7 @@ def compare(
     alone: Trainer | None,
     overrides: Any = None,
 ) -> nn.Module:
-    """Raise unless handles of before and after sharding give what torch's own decay gives; the last model.
+    """Raise unless handles from before and after sharding match torch's own decay; the last model.
 
     Args:
         new: a model on one process.
@@ -335,7 +336,7 @@ def compare(
 
 
 def assert_sees_decay(model: nn.Module) -> None:
-    """Raise unless the comparison with an undecayed run fails: the twin of the tests that compare."""
+    """Raise unless the comparison with an undecayed run fails: the twin of the comparisons."""
     undecayed = blocks()
     Trainer().play(undecayed, optimizer_of("coupled", own_groups(undecayed, 0.0)))
     try:

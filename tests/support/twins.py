@@ -1,4 +1,4 @@
-"""What the tests compare with: slow, obvious twins that do not use wdhook, and comparisons that raise."""
+"""Slow, obvious twins that do not use wdhook, and comparisons that raise."""
 
 from __future__ import annotations
 

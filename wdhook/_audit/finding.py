@@ -1,4 +1,4 @@
-"""What an audit found of one parameter, as data."""
+"""The finding of an audit on one parameter, as data."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ from .operations import Use
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a forward and a backward pass did with one parameter.
+    """The use and the scale of one parameter, as a forward and a backward pass showed them.
 
     Attributes:
         name: full name in the model, as `named_parameters` gives it.
         shape: of the parameter.
         numel: number of elements.
-        use: what the first operation that mixes it with something else does with it: ``"contraction"``,
-            ``"lookup"``, ``"norm"``, ``"multiplication"``, ``"addition"``, ``"token"``, ``"slope"``,
-            ``"constant"``, ``"other"``, ``"opaque"`` or ``"unused"``.
-        operations: each different use with its operation and the argument it is: ``("addmm[mat2]",)``.
-        role: as the use has it; the static one where the use says nothing.
-        static_role: what type, name and shape say, as in `plan`.
+        use: the effect of the first operation that mixes the parameter with data:
+            ``"contraction"``, ``"lookup"``, ``"norm"``, ``"multiplication"``, ``"addition"``,
+            ``"token"``, ``"slope"``, ``"constant"``, ``"other"``, ``"opaque"`` or ``"unused"``.
+        operations: each different use with its operation and the argument of it:
+            ``("addmm[mat2]",)``.
+        role: as the use has it; the static one where the use decides nothing.
+        static_role: from type, name and shape, as in `plan`.
         decayed: whether `plan` decays it.
         reason: why `plan` does or does not.
-        agrees: False where the use contradicts that; None where the use says nothing, where several uses
-            contradict one another, and where somebody has marked the parameter, which outranks the use.
+        agrees: whether the use agrees with the plan. None (undecided) where the use says
+            nothing, where several uses contradict one another, where the same operations could
+            mean the planned use too, and where the parameter is marked, which outranks the use.
         trainable: whether it requires a gradient.
-        sensitivity: √n·abs⟨w, g⟩/(‖w‖·‖g‖), of the order of 1 where the scale of the parameter matters and 0 where
-            it does not; None without a gradient.
-        invariant: whether the outputs are the same for α·w, all α > 0; None where that cannot be told.
-        rows: (how many output channels are invariant one by one, of how many that have a gradient); None where
-            there are none.
+        sensitivity: √n·abs⟨w, g⟩/(‖w‖·‖g‖), of the order of 1 where the scale of the parameter
+            matters and 0 where it does not; None where the outputs do not depend on the
+            parameter.
+        invariant: whether the outputs are the same for α·w, all α > 0; None without a verdict.
+        rows: (number of output channels that are invariant one by one, number of those with a
+            verdict); None where there are none.
+        doubt: why `invariant` is None; empty where there is a verdict.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Finding:
     sensitivity: float | None = None
     invariant: bool | None = None
     rows: tuple[int, int] | None = None
+    doubt: str = ""
 
     @property
     def should_decay(self) -> bool:
@@ -56,7 +61,7 @@ class Finding:
 
     @property
     def acts_on(self) -> str:
-        """What weight decay on this parameter acts on, in words; empty where the audit cannot tell."""
+        """The effect of weight decay on this parameter, in words; empty without a verdict."""
         rows, live = self.rows or (0, 0)
         if self.invariant is None:
             return ""

@@ -1,15 +1,18 @@
-"""What each operation of PyTorch does with each of its arguments: the table that the trace reads."""
+"""The table that the trace reads: the use of each argument of the operations of PyTorch."""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 
 class Use(str, enum.Enum):
-    """What a forward pass does with a parameter, by the first operation that mixes it with something else."""
+    """The use of a parameter in a forward pass: the first operation that mixes it with data."""
 
     CONTRACTION = "contraction"
     """Summed over with data: matrix products, convolutions, recurrent layers, bilinear forms."""
@@ -18,13 +21,13 @@ class Use(str, enum.Enum):
     NORM = "norm"
     """Scale or shift argument of a normalization."""
     MULTIPLICATION = "multiplication"
-    """Multiplies data, broadcast: gains, LayerScale, the scale of a normalization that is written out."""
+    """Multiplies data, broadcast: gains, LayerScale, the scale of a normalization in Python."""
     ADDITION = "addition"
     """Is added to data: biases, position tables."""
     TOKEN = "token"
-    """Becomes data itself: joined to it, put in its place, fed to a layer: class tokens, queries, prompts."""
+    """Becomes data: concatenated, substituted, or fed to a layer, like class tokens and prompts."""
     SLOPE = "slope"
-    """Of an activation (PReLU)."""
+    """Slope of an activation (PReLU)."""
     CONSTANT = "constant"
     """Multiplies data behind a function of its own, such as ``-exp(A_log)``."""
     OTHER = "other"
@@ -32,7 +35,7 @@ class Use(str, enum.Enum):
     OPAQUE = "opaque"
     """Goes into a custom autograd function or operator, which a trace cannot see through."""
     UNUSED = "unused"
-    """No operation of this forward pass read it."""
+    """No operation of this forward pass read the parameter."""
 
     def __str__(self) -> str:
         return self.value
@@ -49,7 +52,7 @@ _CONTRACTION, _ADDITION, _TOKEN, _MULTIPLICATION = (
     Use.MULTIPLICATION,
 )
 
-# operation -> argument -> (use, axis of the argument that the output keeps)
+# operation -> argument -> axis of the argument that the output keeps
 _PRODUCTS: dict[str, dict[str, int]] = {
     "mm": {"self": 0, "mat2": 1},
     "_int_mm": {"self": 0, "mat2": 1},
@@ -70,13 +73,12 @@ _PRODUCTS: dict[str, dict[str, int]] = {
     "linear": {"weight": 0},
     "_cdist_forward": {"x1": 0, "x2": 0},
 }
-_LEFT = {"self", "mat1", "batch1"}  # the side of a product on which nn.Linear has its data
+LEFT = frozenset({"self", "mat1", "batch1", "mat"})
+"""The side of a product on which `nn.Linear` has its data."""
+WITH_BIAS = frozenset({"addmm", "_addmm_activation", "baddbmm", "addbmm", "addmv", "addr"})
 
 _ARGUMENTS: dict[tuple[str, str], Use] = {
-    **{
-        (op, "self"): _ADDITION
-        for op in ("addmm", "_addmm_activation", "baddbmm", "addbmm", "addmv", "addr")
-    },
+    **{(op, "self"): _ADDITION for op in WITH_BIAS},
     ("linear", "bias"): _ADDITION,
     ("linear", "input"): _TOKEN,
     ("embedding", "weight"): Use.LOOKUP,
@@ -93,24 +95,30 @@ _ARGUMENTS: dict[tuple[str, str], Use] = {
 }
 
 _POINTWISE: dict[tuple[str, str], Use] = {
-    **{
-        (op, side): _MULTIPLICATION
-        for op in ("mul", "div", "true_divide")
-        for side in ("self", "other")
-    },
-    **{
-        (op, side): _ADDITION
-        for op in ("add", "sub", "rsub", "lerp")
-        for side in ("self", "other", "end")
-    },
+    ("mul", "self"): _MULTIPLICATION,
+    ("mul", "other"): _MULTIPLICATION,
+    ("div", "self"): _MULTIPLICATION,
+    ("div", "other"): _MULTIPLICATION,
+    ("true_divide", "self"): _MULTIPLICATION,
+    ("true_divide", "other"): _MULTIPLICATION,
+    ("add", "self"): _ADDITION,
+    ("add", "other"): _ADDITION,
+    ("sub", "self"): _ADDITION,
+    ("sub", "other"): _ADDITION,
+    ("rsub", "self"): _ADDITION,
+    ("rsub", "other"): _ADDITION,
+    ("lerp", "self"): _ADDITION,
+    ("lerp", "end"): _ADDITION,
     ("lerp", "weight"): _MULTIPLICATION,
     ("pow", "exponent"): Use.CONSTANT,
-    **{
-        (op, side): _ADDITION if side == "self" else _MULTIPLICATION
-        for op in ("addcmul", "addcdiv")
-        for side in ("self", "tensor1", "tensor2")
-    },
-    **{("where", side): _TOKEN for side in ("self", "other")},
+    ("addcmul", "self"): _ADDITION,
+    ("addcmul", "tensor1"): _MULTIPLICATION,
+    ("addcmul", "tensor2"): _MULTIPLICATION,
+    ("addcdiv", "self"): _ADDITION,
+    ("addcdiv", "tensor1"): _MULTIPLICATION,
+    ("addcdiv", "tensor2"): _MULTIPLICATION,
+    ("where", "self"): _TOKEN,
+    ("where", "other"): _TOKEN,
     ("masked_fill", "value"): _TOKEN,
     ("copy", "src"): _TOKEN,
 }
@@ -120,73 +128,155 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Operations that put one tensor among others: what is put there is data from then on.
-JOINING = _names(
+_JOINING = _names(
     "cat stack copy index_put scatter masked_scatter index_copy fill select_scatter slice_scatter "
     "_index_put_impl where masked_fill index_add scatter_add"
 )
-PICKING = _names("index index_select gather take embedding _unsafe_index")
-REDUCING = _names(
-    "sum mean var var_mean std std_mean norm linalg_vector_norm amax amin max min prod logsumexp median aminmax"
+_PICKING = _names("index index_select gather take embedding _unsafe_index")
+_REDUCING = _names(
+    "sum mean var var_mean std std_mean norm linalg_vector_norm amax amin max min prod logsumexp "
+    "median aminmax"
 )
-_LINEAR = _names(
-    "neg mul div add sub rsub clone _to_copy copy conj positive view_as_real _conj _conj_physical where "
-    "masked_fill dropout native_dropout fill"
+_ALSO_POINTWISE = _names("native_dropout where masked_fill copy addcmul lerp")
+# Pointwise operations after which a parameter is still the same quantity.
+_KEEPING = _names(
+    "neg mul div add sub rsub clone _to_copy copy conj positive view_as_real _conj _conj_physical "
+    "where masked_fill dropout native_dropout fill"
 )
 
 
-def name_of(op: Any) -> str:
-    """`aten.add_.Tensor` → ``add``: in-place variants and overloads mean the same."""
-    name: str = op._schema.name.partition("::")[2]
-    return name.removesuffix("_") if not name.startswith("__") else name
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """The facts about an operation that the trace needs, looked up once for each.
+
+    Attributes:
+        name: without namespace and overload; in-place variants are called the same.
+        full_name: with the namespace.
+        custom: defined by somebody else than PyTorch.
+        arguments: names of the arguments, in the order of the schema.
+        writes: changes an argument in place.
+        pointwise: each output element depends on the elements at its own place alone.
+        bends: makes another quantity of a parameter (exp, softplus, sigmoid, softmax).
+        joins: puts one tensor among others; a parameter put there is data from then on.
+        picks: picks parts by indices.
+        reduces: computes a statistic.
+        fourier: a Fourier transform.
+        creates: takes the shape of an argument alone, not its values.
+        mixes: combines elements of one tensor in a way of its own: softmax, normalization.
+    """
+
+    name: str
+    full_name: str
+    custom: bool
+    arguments: tuple[str, ...]
+    writes: bool
+    pointwise: bool
+    bends: bool
+    joins: bool
+    picks: bool
+    reduces: bool
+    fourier: bool
+    creates: bool
+    mixes: bool
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the operation is a product of matrices or vectors."""
+        return self.name in _PRODUCTS
 
 
-def is_pointwise(op: Any, name: str) -> bool:
-    """Whether output elements depend on the elements at their own place alone."""
-    return torch.Tag.pointwise in op.tags or name in (
-        "native_dropout",
-        "where",
-        "masked_fill",
-        "copy",
-        "addcmul",
-        "lerp",
+@lru_cache(maxsize=4096)
+def operation_of(func: Any) -> Operation:
+    """Return the facts about an overload: `aten.add_.Tensor` is an ``add`` that writes."""
+    schema = func._schema
+    name: str = schema.name.partition("::")[2]
+    if not name.startswith("__"):
+        name = name.removesuffix("_")
+    tagged = torch.Tag.pointwise in func.tags
+    return Operation(
+        name=name,
+        full_name=schema.name,
+        custom=func.namespace not in ("aten", "prims", "prim"),
+        arguments=tuple(argument.name for argument in schema.arguments),
+        writes=schema.is_mutable,
+        pointwise=tagged or name in _ALSO_POINTWISE,
+        bends=(tagged and name not in _KEEPING) or name == "_softmax",
+        joins=name in _JOINING,
+        picks=name in _PICKING,
+        reduces=name in _REDUCING,
+        fourier=name.startswith("_fft_"),
+        creates=name.endswith("_like") or name.startswith("new_"),
+        mixes="softmax" in name or "norm" in name,
     )
 
 
-def bends(op: Any, name: str) -> bool:
-    """Whether a pointwise function of one parameter makes it another quantity (exp, softplus, sigmoid)."""
-    return (torch.Tag.pointwise in op.tags and name not in _LINEAR) or name == "_softmax"
-
-
-def use_of(name: str, argument: str, dims: int, both: bool) -> Use | None:
-    """The use that an operation makes of one argument, or None where the argument says nothing by itself.
+@lru_cache(maxsize=4096)
+def use_of(name: str, argument: str, is_vector: bool) -> Use | None:
+    """Return the use that an operation makes of one argument, or None where its name says nothing.
 
     Args:
-        name: of the operation, see `name_of`.
-        argument: its name in the operation's schema.
-        dims: number of dimensions of the tensor.
-        both: a product of two parameters of which the right one is transposed, as in ``F.linear(token, weight)``.
+        name: of the operation, see `Operation`.
+        argument: its name in the schema of the operation.
+        is_vector: the tensor has one dimension at most.
     """
-    if name in _PRODUCTS and argument in _PRODUCTS[name]:
-        return _TOKEN if both and argument in _LEFT else _CONTRACTION
+    if argument in _PRODUCTS.get(name, ()):
+        return _CONTRACTION
     if (name, argument) in _ARGUMENTS:
         return _ARGUMENTS[name, argument]
-    if "conv" in name:
-        return {"weight": _CONTRACTION, "bias": _ADDITION}.get(argument, _TOKEN)
-    if "norm" in name and name != "_weight_norm_interface":
-        return Use.NORM if argument in ("weight", "bias") else None
-    if "attention" in name:
-        return _ADDITION if argument in ("attn_mask", "attn_bias", "bias") else _TOKEN
-    if "rnn" in name and argument.startswith("weight"):
-        return _CONTRACTION if dims > 1 else _ADDITION
+    for part, rule in _FAMILIES:
+        if part in name:
+            return rule(argument, is_vector)
     return None
 
 
+def _in_fused_layer(argument: str, is_vector: bool) -> Use:
+    """Return the use in a layer that PyTorch runs as one operation, by the words of a name."""
+    if "norm" in argument:
+        return Use.NORM
+    if "weight" in argument:
+        return _CONTRACTION
+    return _ADDITION if "bias" in argument or "mask" in argument else _TOKEN
+
+
+def _in_convolution(argument: str, is_vector: bool) -> Use:
+    return {"weight": _CONTRACTION, "bias": _ADDITION}.get(argument, _TOKEN)
+
+
+def _in_weight_norm(argument: str, is_vector: bool) -> None:
+    """Return None: the direction is on its way to its layer."""
+
+
+def _in_norm(argument: str, is_vector: bool) -> Use | None:
+    return Use.NORM if argument in ("weight", "bias") else None
+
+
+def _in_attention(argument: str, is_vector: bool) -> Use:
+    return _ADDITION if argument in ("attn_mask", "attn_bias", "bias") else _TOKEN
+
+
+def _in_recurrent_layer(argument: str, is_vector: bool) -> Use | None:
+    if not argument.startswith("weight"):
+        return None
+    return _ADDITION if is_vector else _CONTRACTION
+
+
+# Part of the name of an operation → the rule for its arguments; the first that fits counts.
+_FAMILIES: tuple[tuple[str, Callable[[str, bool], Use | None]], ...] = (
+    ("multi_head_attention", _in_fused_layer),
+    ("encoder_layer", _in_fused_layer),
+    ("conv", _in_convolution),
+    ("weight_norm", _in_weight_norm),
+    ("norm", _in_norm),
+    ("attention", _in_attention),
+    ("rnn", _in_recurrent_layer),
+)
+
+
 def pointwise_use(name: str, argument: str) -> Use:
-    """The use that a pointwise operation with data makes of a parameter."""
+    """Return the use that a pointwise operation with data makes of a parameter."""
     return _POINTWISE.get((name, argument), Use.OTHER)
 
 
 def kept_axis(name: str, argument: str, transposed: bool) -> int:
-    """The axis of a contracted argument that the output keeps: its rows, or output channels."""
+    """Return the axis of a contracted argument that the output keeps: its output channels."""
     return _PRODUCTS.get(name, {}).get(argument, 1 if transposed else 0)

@@ -1,132 +1,92 @@
-"""Running a model so that nothing of it remembers: on copies of all that it holds, with its random state put back."""
+"""Runs a model without side effects: on copies of what it holds, with random states restored."""
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
-from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-_COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
+from .._base.errors import WdhookWarning
+from .copies import Copies
+from .nested import tensors_in
 
-
-class Copies:
-    """Copies of tensors, and of the built-in containers around them; what was one thing stays one thing.
-
-    Args:
-        dtype: of the floating tensors among the copies; None keeps theirs.
-    """
-
-    def __init__(self, dtype: torch.dtype | None) -> None:
-        self._dtype = dtype
-        self._known: dict[
-            int, tuple[Any, Any]
-        ] = {}  # id → the original, which keeps the id taken, and its copy
-
-    def of(self, value: Any) -> Any:
-        """The copy of a value; other objects than tensors and built-in containers are themselves."""
-        known = self._known.get(id(value))
-        if known is not None:
-            return known[1]
-        copy = self._make(value)
-        if copy is not value:
-            self._known[id(value)] = value, copy
-        return copy
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Every copy of a tensor so far."""
-        return (copy for _, copy in self._known.values() if isinstance(copy, Tensor))
-
-    def _make(self, value: Any) -> Any:
-        kind = type(value)
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if kind in (dict, OrderedDict):
-            return kind((key, self.of(item)) for key, item in value.items())
-        if kind in (list, tuple, set, deque):
-            return kind(map(self.of, value))
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return kind(*map(self.of, value))
-        return value
-
-    def _tensor(self, tensor: Tensor) -> Tensor:
-        dtype = tensor.dtype
-        if (
-            self._dtype is not None and dtype.is_floating_point and dtype.itemsize > 1
-        ):  # float8 is storage, not arithmetic
-            dtype = self._dtype
-        elif self._dtype is not None and dtype.is_complex:
-            dtype = _COMPLEX.get(self._dtype, dtype)
-        if isinstance(tensor, nn.Parameter) and not (dtype.is_floating_point or dtype.is_complex):
-            return tensor  # packed: its class knows how to read it, and no gradient will come
-        with torch.no_grad():
-            copy = tensor.detach().to(dtype, copy=True)
-        if type(tensor) is nn.Parameter:
-            copy = nn.Parameter(copy, tensor.requires_grad)
-            copy.__dict__.update(tensor.__dict__)
-        elif tensor.requires_grad:
-            copy.requires_grad_()
-        return copy
+__all__ = ["isolated", "tensors_in"]
 
 
 @contextmanager
 def isolated(model: nn.Module, copies: Copies) -> Iterator[None]:
-    """Give each module copies of its attributes, and its own back at the end.
+    """Exchange what a model holds for copies, and put the originals back at the end.
 
-    Parameters inside are other leaves: no gradient reaches the model's, and no hook of theirs runs. Not put
-    back: what modules keep inside objects of other classes, and what hooks of others write elsewhere.
+    The exchanged parameters are other leaves: no gradient reaches those of the model, and none
+    of their hooks runs. The fields of objects that the model holds, of its classes, and of
+    modules in lists or dicts are exchanged too.
+
+    Not put back: values in closures, files, and values that forward hooks write elsewhere.
+
+    Warns:
+        WdhookWarning: a generator that the model holds has run; Python cannot run it back.
     """
-    modules = list(model.modules())
-    own = [vars(module).copy() for module in modules]
-    stack = ExitStack()
-    try:
+    with ExitStack() as stack:
+        stack.callback(copies.undo)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_uncompiled())
-        for module in modules:
-            inside = {key: copies.of(value) for key, value in vars(module).items()}
-            if "_compiled_call_impl" in inside:
-                inside["_compiled_call_impl"] = (
-                    None  # of `module.compile()`: a trace needs the operations
-                )
-            vars(module).update(inside)
+        for module in model.modules():
+            copies.of(module)
+        for module in model.modules():
+            if "_compiled_call_impl" in vars(module):
+                # Set by `module.compile()`. A trace needs the operations.
+                vars(module)["_compiled_call_impl"] = None
         stack.enter_context(_random_state_kept({t.device for t in copies.tensors()}))
         yield
+    advanced = copies.advanced()
+    if advanced:
+        warnings.warn(
+            "The forward pass of the audit has advanced a generator that the model holds, "
+            f"and Python cannot run it back.\n  generator: {', '.join(advanced)}",
+            WdhookWarning,
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause the collector of cycles: copies and marks are many, and each is needed to the end."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
-        for module, attributes in zip(modules, own, strict=True):
-            vars(module).clear()
-            vars(module).update(attributes)
-        stack.close()
+        if enabled:
+            gc.enable()
 
 
 def _uncompiled() -> AbstractContextManager[object]:
-    """Compiled functions run as they were written: a trace needs their operations."""
-    dynamo = (
-        "torch._dynamo" in sys.modules
-    )  # nothing is compiled before, and importing it takes seconds
+    """Let compiled functions run as they were written, so that the trace sees their operations."""
+    # Before torch._dynamo is loaded nothing is compiled, and importing it takes seconds.
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
     stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
-    return stance("force_eager") if dynamo and stance is not None else nullcontext()
+    return nullcontext() if stance is None else stance("force_eager")
 
 
 @contextmanager
 def _random_state_kept(devices: set[torch.device]) -> Iterator[None]:
-    """Put back the generators of Python, NumPy (if it is loaded), the CPU and the devices."""
+    """Restore the generators of Python, NumPy (if it is loaded), the CPU and the devices."""
     python = random.getstate()
     numpy: Any = sys.modules.get("numpy.random")
     arrays = numpy.get_state() if numpy is not None else None
-    kinds: dict[str, list[torch.device]] = {}
-    for device in devices:
-        if device.type not in ("cpu", "meta"):
-            kinds.setdefault(device.type, []).append(device)
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU's
-            for kind, some in kinds.items():
+            for kind, some in _accelerators(devices).items():
                 if kind == "mps":  # one device, which its functions do not take as an argument
                     stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
                     continue
@@ -138,20 +98,9 @@ def _random_state_kept(devices: set[torch.device]) -> Iterator[None]:
             numpy.set_state(arrays)
 
 
-def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Every tensor in nested containers, dataclasses and other plain objects, each once."""
-    seen = set() if seen is None else seen
-    if id(value) in seen or isinstance(value, (str, bytes, int, float, type, nn.Module)):
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item, seen)
-    elif isinstance(value, (list, tuple, set, frozenset, deque)):
-        for item in value:
-            yield from tensors_in(item, seen)
-    else:
-        for item in getattr(value, "__dict__", {}).values():
-            yield from tensors_in(item, seen)
+def _accelerators(devices: set[torch.device]) -> dict[str, list[torch.device]]:
+    kinds: dict[str, list[torch.device]] = {}
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            kinds.setdefault(device.type, []).append(device)
+    return kinds

@@ -1,326 +1,385 @@
-"""Following parameters through a forward pass: which operation first mixes each with something else.
+"""Follows parameters through a forward pass to the first operation that mixes each with data.
 
-Below autograd and autocast every operation passes a `TorchDispatchMode`, whatever Python code called it. Views
-share the storage of what they show, so a storage that holds a parameter stands for all views of it; copies,
-casts and functions of parameters alone (weight standardisation, weight norm, ``-exp(A_log)``) hand the parameter on.
+Below autograd and autocast every operation passes a `TorchDispatchMode`, whatever Python code
+called it. Views share the storage of their base, so a storage that holds a parameter stands for
+all its views; copies, casts and functions of parameters alone (weight standardisation, weight
+norm, ``-exp(A_log)``) hand the parameter on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .norm_eps import EpsWatch, weak_storage
+from .carried import Carried, Gained, Mark, Marks, Operand, Seen
+from .factors import factors_of, in_place, is_broadcast, is_layer, is_low_rank, is_weight_of
+from .nested import tensors_in
+from .norm_eps import EpsWatch
 from .operations import (
-    JOINING,
-    PICKING,
-    REDUCING,
+    LEFT,
+    WITH_BIAS,
+    Operation,
     Use,
-    bends,
-    is_pointwise,
     kept_axis,
-    name_of,
+    operation_of,
     pointwise_use,
     use_of,
 )
-from .sandbox import tensors_in
+from .uses import Uses
 
 _LOW = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True, slots=True)
-class Carried:
-    """A parameter on its way to its first use."""
-
-    name: str
-    bent: bool = False  # a function of it, such as exp
-    picked: str = ""  # the operation that picked rows of it, by indices that depend on the data
-    weak: bool = False  # a statistic of it, such as its mean
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """One use of a parameter.
-
-    Attributes:
-        use: what is done with it.
-        operation: by which operation, and as which argument of it: ``addmm[mat2]``.
-        axis: of the parameter that the output keeps, for contractions.
-    """
-
-    use: Use
-    operation: str
-    axis: int = 0
-
-
-@dataclass(slots=True)
-class _Mark:
-    """What is known of a storage. The weak reference keeps its address from being given to another one."""
-
-    ref: object
-    data: bool = False  # depends on the inputs
-    carried: dict[str, Carried] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Operand:
-    argument: str
-    tensor: Tensor
-    mark: _Mark | None
-
-    @property
-    def carries(self) -> dict[str, Carried]:
-        return self.mark.carried if self.mark else {}
-
-    @property
-    def is_stream(self) -> bool:
-        """Whether it is data and holds no parameter on its way."""
-        return self.mark is not None and self.mark.data and not self.mark.carried
-
-
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is active, notes how the parameters are used.
+    """Notes how the parameters are used, while it is active.
 
     Args:
         parameters: name → parameter as the forward pass will see it.
         inputs: every tensor that the forward pass is given.
-        keep_double: turn casts from float64 to less into copies. A model that computes its norms in float32 on
-            purpose would otherwise hide differences below that precision.
+        former_eps: of the normalizations, see `EpsWatch`.
+        keep_double: turn casts from float64 to less into copies. A model that computes its norms in
+            float32 on purpose would otherwise hide differences below that precision.
     """
 
-    supports_higher_order_operators = (
-        True  # torch.cond, flex_attention: they come here like any other
-    )
+    # torch.cond and flex_attention arrive like any other operator.
+    supports_higher_order_operators = True
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], inputs: Iterable[Tensor], keep_double: bool = False
+        self,
+        parameters: Mapping[str, Tensor],
+        inputs: Iterable[Tensor],
+        former_eps: dict[float, float],
+        keep_double: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.eps = EpsWatch()
+        self.eps = EpsWatch(former_eps)
         self.coarsest = 0.0  # machine epsilon of the coarsest floating type that data went through
         self._keep_double = keep_double
-        self._marks: dict[int, _Mark] = {}
-        self._parameters = dict(parameters)
-        self._strong: dict[str, list[Seen]] = {}
-        self._weak: dict[str, list[Seen]] = {}
+        self._marks = Marks()
+        self._uses = Uses(parameters)
+        self._bits = {name: 1 << i for i, name in enumerate(parameters)}
         for name, parameter in parameters.items():
-            if (mark := self._own(parameter)) is not None:
-                mark.carried[name] = Carried(name)
+            mark = self._marks.own(parameter)
+            if mark is None:
+                continue
+            mark.parameter = True
+            mark.carried[name] = Carried(name)
+            if parameter.requires_grad:
+                mark.upstream |= self._bits[name]
         for tensor in inputs:
-            if (mark := self._own(tensor)) is not None:
+            mark = self._marks.own(tensor)
+            if mark is not None:
                 mark.data = True
 
     def uses(self, name: str) -> list[Seen]:
-        """Each different use of a parameter in the order of the forward pass; those of its statistics alone if none."""
-        return self._strong.get(name) or self._weak.get(name) or []
+        """Return each different use of a parameter, in the order of the forward pass."""
+        return self._uses.of(name)
 
     def returned(self, outputs: Iterable[Tensor]) -> None:
-        """Note parameters that the model hands out without having used them."""
+        """Note parameters that the model returns without having used them."""
         for tensor in outputs:
-            mark = self._find(tensor)
-            for carried in mark.carried.values() if mark else ():
+            mark = self._marks.find(tensor)
+            for carried in list(mark.carried.values()) if mark else ():
                 if not self.uses(carried.name):
-                    self._note(carried, Use.OTHER, "returned")
+                    self._uses.note(carried, carried.waits or Seen(Use.OTHER, "returned"))
 
-    # ---------------------------------------------------------------- one operation
+    def stopped(self, outputs: Iterable[Tensor]) -> set[str]:
+        """Return the parameters on which outputs depend where no gradient shows the dependence."""
+        bits = 0
+        for tensor in outputs:
+            mark = self._marks.find(tensor)
+            if mark is not None:
+                bits |= mark.stopped
+        return {name for name, bit in self._bits.items() if bits & bit}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Read the operands, run the operation, mark what comes out."""
+    # ------------------------------------------------------------------------------- one operation
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Read the operands, run the operation, mark its results."""
         kwargs = kwargs or {}
         if not hasattr(func, "_schema"):
             return self._higher(func, args, kwargs)
-        if (
-            self._keep_double
-            and func is torch.ops.aten._to_copy.default
-            and args[0].dtype is torch.float64
-        ):
-            kwargs = {**kwargs, "dtype": torch.float64} if kwargs.get("dtype") in _LOW else kwargs
-        operands = list(self._operands(func, args, kwargs))
-        name = name_of(func)
-        held = any(o.carries for o in operands)
-        carried = self._read(func, name, operands, args) if held else {}
-        result = func(*args, **kwargs)
-        data = any(o.mark is not None and o.mark.data for o in operands)
-        for tensor in _tensors(result) if data or carried else ():
-            self._write(tensor, data, carried, func._schema.is_mutable)
-        if data or held:
-            self.eps.see(name, func, args, kwargs, result)
+        op = operation_of(func)
+        if self._keep_double and op.name == "_to_copy":
+            kwargs = _kept_double(args[0], kwargs)
+        operands = self._operands(op, args, kwargs)
+        if not operands:
+            return func(*args, **kwargs)
+        carried: dict[str, Carried] = {}
+        if any(operand.carries for operand in operands):
+            carried = self._read(op, operands, args)
+        result = self.eps.run(op, func, args, kwargs)
+        self._write(op, operands, result, carried)
+        if op.name == "sum":
+            self._sum(operands[0], args, result)
         return result
+
+    def _operands(self, op: Operation, args: Any, kwargs: Any) -> list[Operand]:
+        """Return the tensor arguments, if any of them depends on inputs or parameters."""
+        named = [*zip(op.arguments, args, strict=False), *kwargs.items()]
+        found = []
+        for argument, value in named:
+            if isinstance(value, Tensor):
+                found.append(Operand(argument, value, self._marks.find(value)))
+            elif isinstance(value, (list, tuple)):
+                for tensor in _tensors(value):
+                    found.append(Operand(argument, tensor, self._marks.find(tensor)))
+        # Arithmetic on constants alone is left out.
+        concerned = any(operand.mark is not None for operand in found)
+        return found if concerned else []
 
     def _higher(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An operator that takes functions: what happens inside is not seen."""
-        operands = [
-            _Operand("", tensor, self._find(tensor)) for tensor in tensors_in((args, kwargs))
-        ]
-        self._consume(operands, Use.OPAQUE, func.name())
+        """Run an operator that takes functions, whose inside is not traced."""
+        for tensor in tensors_in((args, kwargs)):
+            operand = Operand("", tensor, self._marks.find(tensor))
+            for carried in operand.carries.values():
+                self._uses.note(carried, Seen(Use.OPAQUE, func.name()))
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
-            self._write(tensor, True, {}, False)
+            mark = self._marks.own(tensor)
+            if mark is not None:
+                mark.data = True
         return result
 
-    def _operands(self, func: Any, args: Any, kwargs: Any) -> Iterator[_Operand]:
-        schema = func._schema.arguments
-        named = [(schema[i].name, value) for i, value in enumerate(args)]
-        for argument, value in (*named, *kwargs.items()):
-            if isinstance(value, Tensor):
-                yield _Operand(argument, value, self._find(value))
-            elif isinstance(value, (list, tuple)):
-                yield from (
-                    _Operand(argument, t, self._find(t)) for t in value if isinstance(t, Tensor)
-                )
+    def _write(
+        self, op: Operation, operands: list[Operand], result: Any, carried: dict[str, Carried]
+    ) -> None:
+        """Mark the results of an operation."""
+        data = any(operand.is_data for operand in operands)
+        upstream, stopped = (0, 0) if op.creates else _dependence(operands)
+        gained = _gained(operands, result) if data and op.name == "mul" else {}
+        for tensor in _tensors(result):
+            mark = self._marks.own(tensor)
+            if mark is None:
+                continue
+            if data:
+                self._write_data(op, mark, tensor, carried)
+            mark.carried.update(carried)
+            mark.gained = gained
+            mark.upstream |= upstream
+            mark.stopped |= stopped
 
-    def _write(self, tensor: Tensor, data: bool, carried: dict[str, Carried], writes: bool) -> None:
-        mark = self._own(tensor)
-        if mark is None:
-            return
-        mark.data |= data
-        mark.carried.update(carried)
-        if writes and data and not carried:
-            mark.carried.clear()  # x[:, 0] = token: what is written into is data
-        if data and tensor.is_floating_point():
+    def _write_data(
+        self, op: Operation, mark: Mark, tensor: Tensor, carried: dict[str, Carried]
+    ) -> None:
+        """Mark a result that depends on the inputs."""
+        mark.fourier = op.fourier
+        if tensor.is_floating_point():
             self.coarsest = max(self.coarsest, torch.finfo(tensor.dtype).eps)
+        if mark.parameter:
+            return
+        mark.data = True
+        if op.writes and not carried:
+            mark.carried.clear()  # x[:, 0] = token: the target of the writing is data
 
-    # ---------------------------------------------------------------- the rules
+    def _sum(self, operand: Operand, args: Any, result: Tensor) -> None:
+        """Make a contraction of a product that is summed over the axes of its parameter."""
+        if operand.mark is None:
+            return
+        dims = operand.tensor.dim()
+        given = args[1] if len(args) > 1 and args[1] else range(dims)
+        axes = {axis % dims for axis in given} if dims else set()
+        for name, gained in operand.mark.gained.items():
+            if gained.shape == tuple(operand.tensor.shape) and axes and axes <= gained.axes:
+                self._uses.became_contraction(name)
 
-    def _read(
-        self, func: Any, name: str, operands: list[_Operand], args: Any
-    ) -> dict[str, Carried]:
-        """Note the uses that an operation makes, and return the parameters that its result still carries."""
-        if func.namespace not in ("aten", "prims", "prim"):
-            self._consume(operands, Use.OPAQUE, func._schema.name)
-            return {}
+    # ------------------------------------------------------------------------------- the rules
+
+    def _read(self, op: Operation, operands: list[Operand], args: Any) -> dict[str, Carried]:
+        """Note the uses that an operation makes; return the parameters that its result carries."""
         onward: dict[str, Carried] = {}
-        pointwise = is_pointwise(func, name)
-        stream = max((o.tensor.numel() for o in operands if o.is_stream), default=-1)
-        largest = max(o.tensor.numel() for o in operands)
-        both = _is_linear_of_two(operands)
         for operand in operands:
             if not operand.carries:
                 continue
-            use = use_of(name, operand.argument, operand.tensor.dim(), both)
-            if use is None and stream >= 0:
-                use = self._use_with_data(name, operand, pointwise, stream)
-            elif (
-                use is None and pointwise and operand.tensor.numel() < largest
-            ):  # broadcast over a constant or a parameter
-                use = pointwise_use(name, operand.argument)
-            if use is not None:
-                transposed = "conv" in name and len(args) > 6 and args[6] is True
-                self._consume(
-                    [operand],
-                    use,
-                    f"{name}[{operand.argument}]",
-                    kept_axis(name, operand.argument, transposed),
-                )
+            if op.custom:
+                self._consume(operand, Seen(Use.OPAQUE, op.full_name))
+            elif operand.is_data:
+                _merge(onward, self._read_mixed(op, operand, operands))
             else:
-                _merge(onward, self._handed_on(func, name, operand, operands))
+                _merge(onward, self._read_pure(op, operand, operands, args))
         return onward
 
-    def _use_with_data(
-        self, name: str, operand: _Operand, pointwise: bool, stream: int
-    ) -> Use | None:
-        """The use of a parameter together with data, or None where it stays a parameter."""
-        if name in PICKING:
-            return None
-        if name in JOINING:
-            return Use.TOKEN
-        if pointwise:
-            # What is larger than the data is modulated by it, and is still a weight (StyleGAN's convolutions).
-            return (
-                pointwise_use(name, operand.argument) if operand.tensor.numel() <= stream else None
-            )
-        return None if "norm" in name else Use.OTHER
-
-    def _handed_on(
-        self, func: Any, name: str, operand: _Operand, operands: list[_Operand]
+    def _read_mixed(
+        self, op: Operation, operand: Operand, operands: list[Operand]
     ) -> dict[str, Carried]:
-        bent, weak = bends(func, name) and len(operands) == 1, name in REDUCING
-        by_data = any(o.mark is not None and o.mark.data for o in operands if o is not operand)
-        picked = f"{name}[{operand.argument}]" if name in PICKING and by_data else ""
-        if not (bent or weak or picked):
-            return operand.carries
-        return {
-            key: replace(c, bent=c.bent or bent, weak=c.weak or weak, picked=c.picked or picked)
-            for key, c in operand.carries.items()
-        }
+        """Read an operand in which parameters and data are mixed already."""
+        held = {n: c for n, c in operand.carries.items() if c.waits and not self.uses(n)}
+        alone = len(operands) == 1
+        if op.pointwise or op.reduces or (alone and not op.mixes):
+            return {name: carried.after(op, alone) for name, carried in held.items()}
+        for carried in held.values():
+            assert carried.waits is not None
+            seen = carried.waits
+            if is_weight_of(op, operand, operands):
+                seen = replace(self._contraction(op, operand, carried.name, ()), firm=False)
+            self._uses.note(carried, seen)
+        return {}
 
-    def _consume(
-        self, operands: Iterable[_Operand], use: Use, operation: str, axis: int = 0
-    ) -> None:
-        for operand in operands:
-            for carried in operand.carries.values():
-                self._note(
-                    carried, use, operation, self._axis(carried.name, operand.tensor, axis, use)
-                )
+    def _read_pure(
+        self, op: Operation, operand: Operand, operands: list[Operand], args: Any
+    ) -> dict[str, Carried]:
+        """Read an operand that depends on parameters alone."""
+        stream = max((o.tensor.numel() for o in operands if o.is_data), default=-1)
+        use = use_of(op.name, operand.argument, operand.tensor.dim() < 2)
+        if use is Use.CONTRACTION or (use is Use.TOKEN and operand.argument == "input"):
+            return self._read_product(op, operand, operands, args)
+        if use is None and stream >= 0:
+            return self._meet_data(op, operand, operands, stream)
+        if use is None and op.pointwise and is_broadcast(operand, operands):
+            use = pointwise_use(op.name, operand.argument)
+        if use is not None:
+            self._consume(operand, Seen(use, f"{op.name}[{operand.argument}]"))
+            return {}
+        return _handed_on(op, operand, operands)
 
-    def _note(self, carried: Carried, use: Use, operation: str, axis: int = 0) -> None:
-        if carried.picked and use not in (Use.CONTRACTION, Use.OPAQUE):
-            use, operation = Use.LOOKUP, carried.picked
-        elif carried.bent and use is Use.MULTIPLICATION:
-            use = Use.CONSTANT
-        seen = (self._weak if carried.weak else self._strong).setdefault(carried.name, [])
-        if all(other.use is not use for other in seen):
-            seen.append(Seen(use, operation, axis))
+    def _read_product(
+        self, op: Operation, operand: Operand, operands: list[Operand], args: Any
+    ) -> dict[str, Carried]:
+        """Read the factor of a product: with data, or with another parameter."""
+        factors = factors_of(op, operands)
+        if factors is None or any(f.is_data or not f.carries for f in factors):
+            for name, carried in operand.carries.items():
+                seen = self._contraction(op, operand, name, args)
+                self._uses.note(carried, in_place(carried, op, operand, seen))
+            return {}
+        left, right = factors
+        if operand is left and is_layer(op, right):
+            return self._read_fed(op, left, right)
+        low_rank = is_low_rank(op, left, right)
+        waiting = {}
+        for name, carried in operand.carries.items():
+            seen = self._contraction(op, operand, name, args)
+            waiting[name] = carried.waiting(seen, low_rank)
+        return waiting
 
-    def _axis(self, name: str, tensor: Tensor, axis: int, use: Use) -> int:
-        """The parameter's own axis behind an axis of what was used: views keep strides, and so do casts."""
-        parameter = self._parameters[name]
-        if use is not Use.CONTRACTION or tensor.dim() == 0 or parameter.dim() == 0:
-            return 0
-        step, size = tensor.stride(axis), tensor.size(axis)
-        same = [
-            i
-            for i in range(parameter.dim())
-            if parameter.stride(i) == step and parameter.size(i) >= size > 1
-        ]
-        return same[0] if same else 0
+    def _read_fed(self, op: Operation, left: Operand, right: Operand) -> dict[str, Carried]:
+        """Read the left factor of a product of parameters: a token, or part of a weight."""
+        token = Seen(Use.TOKEN, f"{op.name}[{left.argument}]")
+        rows = left.tensor.shape[-2:-1]
+        if op.name in WITH_BIAS or rows == (1,):
+            # A bias is added, or one row goes through the layer: no weight is made like this.
+            self._consume(left, token)
+            return {}
+        low_rank = is_low_rank(op, left, right)
+        return {name: c.waiting(token, low_rank) for name, c in left.carries.items()}
 
-    # ---------------------------------------------------------------- storages
+    def _meet_data(
+        self, op: Operation, operand: Operand, operands: list[Operand], stream: int
+    ) -> dict[str, Carried]:
+        """Read a parameter together with data, in an operation that any tensor may enter."""
+        operation = f"{op.name}[{operand.argument}]"
+        if op.picks:
+            rows = Seen(Use.LOOKUP, operation)
+            return {name: carried.waiting(rows) for name, carried in operand.carries.items()}
+        if op.joins:
+            self._consume(operand, Seen(Use.TOKEN, operation))
+            return {}
+        if op.pointwise:
+            return self._meet_pointwise(op, operand, operands, stream)
+        if "norm" in op.name:
+            return _handed_on(op, operand, operands)
+        self._consume(operand, Seen(Use.OTHER, operation))
+        return {}
 
-    def _find(self, tensor: Tensor) -> _Mark | None:
-        key = _storage(tensor)
-        return None if key is None else self._marks.get(key)
+    def _meet_pointwise(
+        self, op: Operation, operand: Operand, operands: list[Operand], stream: int
+    ) -> dict[str, Carried]:
+        """Read a parameter that a pointwise operation mixes with data of a number of elements."""
+        operation = f"{op.name}[{operand.argument}]"
+        seen = Seen(pointwise_use(op.name, operand.argument), operation)
+        if seen.use is Use.MULTIPLICATION and _is_spectrum(operands):
+            seen = Seen(Use.CONTRACTION, operation, firm=False)
+        numel = operand.tensor.numel()
+        is_table = sum(size > 1 for size in operand.tensor.shape) > 1
+        if numel < stream or (numel == stream and not is_table):
+            self._consume(operand, seen)
+            return {}
+        # Not broadcast: a weight that the data modulate, or a table that they are added to.
+        later = replace(seen, firm=seen.firm and numel == stream)
+        return {name: c.waiting(later) for name, c in operand.carries.items()}
 
-    def _own(self, tensor: Tensor) -> _Mark | None:
-        key = _storage(tensor)
-        if key is None:
-            return None
-        mark = self._marks.get(key)
-        if mark is None:
-            mark = self._marks[key] = _Mark(weak_storage(tensor))
-        return mark
+    def _contraction(self, op: Operation, operand: Operand, name: str, args: Any) -> Seen:
+        transposed = "conv" in op.name and len(args) > 6 and args[6] is True
+        axis = kept_axis(op.name, operand.argument, transposed)
+        own = self._uses.axis(name, operand.tensor, axis)
+        # The left factor of data may be a weight, and may be queries that meet keys.
+        firm = not (op.is_product and operand.argument in LEFT)
+        return Seen(Use.CONTRACTION, f"{op.name}[{operand.argument}]", own, firm)
+
+    def _consume(self, operand: Operand, seen: Seen) -> None:
+        for carried in operand.carries.values():
+            decided = seen if seen.use is Use.OPAQUE else carried.waits or seen
+            self._uses.note(carried, decided)
 
 
-def _storage(tensor: Tensor) -> int | None:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except NotImplementedError:  # sparse tensors and some subclasses have none
-        return None
+# Assigned behind the class: `TorchDispatchMode.__init_subclass__` wraps a method of this name in a
+# function that imports torch._dynamo at the first operation, which takes seconds.
+setattr(Trace, "__torch_dispatch__", Trace.dispatch)  # noqa: B010
+
+
+def _kept_double(tensor: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if tensor.dtype is torch.float64 and kwargs.get("dtype") in _LOW:
+        return {**kwargs, "dtype": torch.float64}
+    return kwargs
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
     if isinstance(result, Tensor):
         yield result
     elif isinstance(result, (list, tuple)):
-        yield from (t for t in result if isinstance(t, Tensor))
+        yield from (item for item in result if isinstance(item, Tensor))
 
 
-def _is_linear_of_two(operands: list[_Operand]) -> bool:
-    """Whether two parameters meet in a product as in ``F.linear(token, weight)``, and not in LoRA's ``B @ A``."""
-    right = operands[-1]
-    if not right.carries or sum(1 for o in operands if o.carries) < 2:
-        return False
-    return right.tensor.dim() > 1 and right.tensor.stride(-1) != 1 and right.tensor.stride(-2) == 1
+def _handed_on(op: Operation, operand: Operand, operands: list[Operand]) -> dict[str, Carried]:
+    alone = len(operands) == 1
+    return {name: carried.after(op, alone) for name, carried in operand.carries.items()}
+
+
+def _is_spectrum(operands: list[Operand]) -> bool:
+    return any(o.mark is not None and o.mark.fourier for o in operands)
 
 
 def _merge(onward: dict[str, Carried], more: Mapping[str, Carried]) -> None:
-    """Join what several operands carry: of a weight and its own mean, the weight counts."""
+    """Join the parameters of several operands: of a weight and its own mean, the weight counts."""
     for name, carried in more.items():
         known = onward.get(name)
         if known is None or (known.weak and not carried.weak):
             onward[name] = carried
+
+
+def _gained(operands: list[Operand], result: Tensor) -> dict[str, Gained]:
+    """Return the parameters that multiply data, with the axes along which they vary."""
+    found = {}
+    for operand in operands:
+        if operand.is_data:
+            continue
+        offset = result.dim() - operand.tensor.dim()
+        axes = frozenset(i + offset for i, n in enumerate(operand.tensor.shape) if n > 1)
+        for name in operand.carries:
+            found[name] = Gained(tuple(result.shape), axes)
+    return found
+
+
+def _dependence(operands: list[Operand]) -> tuple[int, int]:
+    """Return the parameters on which a result depends, and those of them that no gradient reaches.
+
+    A floating operand that depends on a trainable parameter and requires no gradient was
+    detached, or computed under `torch.no_grad`.
+    """
+    upstream = stopped = 0
+    for operand in operands:
+        mark = operand.mark
+        if mark is None or not mark.upstream:
+            continue
+        upstream |= mark.upstream
+        stopped |= mark.stopped
+        tensor = operand.tensor
+        differentiable = tensor.is_floating_point() or tensor.is_complex()
+        if differentiable and not tensor.requires_grad:
+            stopped |= mark.upstream
+    return upstream, stopped

@@ -63,7 +63,7 @@ def register_first(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHa
 
 
 def hooks_of(param: Tensor) -> Mapping[int, Any]:
-    """Post-accumulate-grad hooks of a parameter that has some. Not None inside such a hook."""
+    """Post-accumulate-grad hooks of a parameter that has some, or has had some."""
     return param._post_accumulate_grad_hooks
 
 

@@ -1,35 +1,48 @@
-"""``python -m wdhook audit``: one forward and one backward pass of a model, and what it does with its parameters."""
+"""``python -m wdhook audit``: runs a model once and prints the use of each of its parameters."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
-from .._audit.report import advice, audit_rows, headlines
+from .._audit.report import Audit
 from .._audit.run import audit
+from .._audit.table import advice, audit_rows, headlines
 from .inputs import parse_inputs
 from .plans import print_table
 from .shared import FOUND, Commands, add_command
 from .targets import TARGETS, build_model, users_code
 
+SCHEMA = "wdhook.audit/1"
+"""Of the output of ``--json``. Keys are only added under one number."""
+
 _DESCRIPTION = f"""\
-Run a model once on example inputs and once backward, and print what it does with each parameter: which
-operation uses it and as what, whether that agrees with `inspect`, and whether its scale matters at all. The
-model is built on the CPU, and nothing is downloaded or written.
+Run a model on example inputs, forward and backward, and print the use of each parameter: the
+operation that uses it, whether the use agrees with the plan of `inspect`, and whether the scale
+of the parameter matters at all. The model is built on the CPU, and nothing is downloaded or
+written.
 
 {TARGETS}
 inputs:
-  --input EXPR                 in their order; a literal, or a call of randn, rand, randint, zeros, ones, full,
-  --input NAME=EXPR            arange, linspace, eye or tensor, which is parsed and not evaluated
+  --input EXPR                 in their order; a literal, or a call of randn, rand, randint,
+  zeros, ones, full, --input NAME=EXPR            arange, linspace, eye or tensor, which is
+  parsed and not evaluated
 
-exit status: 0 when no use contradicts the plan, 1 when one does, 2 when it cannot be told.
+exit status:
+  0  no use contradicts the plan; undecided uses do not count
+  1  at least one use contradicts the plan
+  2  the audit did not run: the target cannot be built, an input is not understood, or the model
+  raised an error
+
+With --json, standard output is one object: schema "{SCHEMA}", target, dtype, threshold, eps_share,
+training, stopped, overrides, parameters. What the model prints goes to standard error.
 """
 
 _EXAMPLES = """\
 examples:
   python -m wdhook audit my_file.py:build --input 'randn(2, 3, 224, 224)'
-  python -m wdhook audit timm:resnet18 --input 'randn(4, 3, 64, 64)' --eval
-  python -m wdhook audit hf:BertModel --kwargs 'num_hidden_layers=2' --input 'input_ids=randint(0, 100, (2, 16))'
+  python -m wdhook audit timm:resnet18 --kwargs num_classes=9 --input 'randn(4, 3, 64, 64)' --eval
+  python -m wdhook audit hf:BertModel --input 'input_ids=randint(0, 100, (2, 16))'
   python -m wdhook audit my_file.py:build --input 'randn(2, 8)' --json | jq '.overrides'
 """
 
@@ -70,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Audit a model and print what was found.
 
     Raises:
-        UsageError: the target cannot be built, an input is not understood, or the model raised an error.
+        UsageError: the target cannot be built, an input is not understood, or the model raised
+            an error.
         ArgumentError: the model cannot be audited.
     """
     args, kwargs = parse_inputs(arguments.input)
@@ -80,13 +94,15 @@ def run(arguments: argparse.Namespace) -> int:
     with users_code(arguments.target):
         found = audit(model, *args, **kwargs)
     if arguments.json:
-        print(
-            json.dumps({"schema": "wdhook.audit/1", "target": arguments.target, **found.to_dict()})
-        )
+        print(json.dumps({"schema": SCHEMA, "target": arguments.target, **found.to_dict()}))
     else:
-        rows = audit_rows(found)
-        print(*headlines(found), sep="\n", end="\n\n")
-        print_table(rows, strong=[row[-2].endswith("wrong") for row in rows[1:]])
-        for line in advice(found):
-            print(line)
+        _print(found)
     return FOUND if found.contradictions else 0
+
+
+def _print(found: Audit) -> None:
+    rows = audit_rows(found)
+    print(*headlines(found), sep="\n", end="\n\n")
+    print_table(rows, strong=[row[-2].endswith("wrong") for row in rows[1:]])
+    for line in advice(found):
+        print(line)

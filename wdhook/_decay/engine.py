@@ -97,6 +97,7 @@ class Engine:
             return
         # Parameters may be trained on without a module: exported graphs and functional code share
         # them.
+        self.state.parameters.let_go()
         entries = self.state.parameters.entries()
         self._outliving = [weakref.ref(entry, self._entry_died) for entry in entries]
         self._entry_died(None)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
-from .._base.torch_private import is_storage_of, storage_of
+from .._base.torch_private import hooks_of, is_storage_of, storage_of
 from .._plan.decision import Decision
 from .._plan.plan import Plan, former_name, inherited
 from .._roles.marks import bare_name, is_flattened
@@ -35,10 +35,11 @@ _FLATTENED = "_fsdp_wrapped_module."  # FSDP1 shows parts of its flat parameter,
 class Known:
     """A tensor that was decided: the decision, and the marks by which it is recognised."""
 
-    __slots__ = ("decision", "key", "kind", "local", "memory", "module", "shape")
+    __slots__ = ("decision", "entry", "key", "kind", "local", "memory", "module", "shape")
 
     def __init__(self, decision: Decision, found: Found) -> None:
         self.decision = decision
+        self.entry: Entry | None = None  # kept here where no hook keeps it
         self.settle(found)
 
     def settle(self, found: Found) -> None:
@@ -126,16 +127,23 @@ class Parameters:
         strangers = []
         for one in found:
             known = self._known.get(id(one.param))
-            if known is not None and known.is_tensor(one):
+            if known is not None and (known.is_tensor(one) or self._is_hooked(one.param)):
                 if not known.is_place(one):
                     known.settle(one)
                 result[id(one.param)] = known
             else:
                 strangers.append(one)
         if strangers:
+            for one in strangers:
+                self._entries.pop(id(one.param), None)  # of a tensor that had this id before
             result |= self._decide(strangers, set(map(id, result.values())))
             self._known |= result
         return result
+
+    def _is_hooked(self, param: Tensor) -> bool:
+        """One of our hooks is on the parameter, and so it is the one that was hooked."""
+        entry = self._entries.get(id(param))
+        return entry is not None and entry.handle is not None and entry in hooks_of(param).values()
 
     def _decide(self, strangers: list[Found], taken: set[int]) -> dict[int, Known]:
         """Decisions on tensors that were not recognised by themselves.
@@ -217,6 +225,8 @@ class Parameters:
         if known is None or not known.decision.eligible:
             return None
         entry = self._entries[id(param)] = self._new_entry(known.decision)
+        if not callable(entry):
+            known.entry = entry
         if not is_lazy(param):
             entry.terms = self.unowned_terms(entry, param)
         return entry
@@ -235,6 +245,11 @@ class Parameters:
             entry = self._entries.get(id(one.param))
             if entry is not None:
                 yield one.param, entry
+
+    def let_go(self) -> None:
+        """Keep no entry alive: the model has died, and entries go with the last optimizer or parameter."""
+        for known in self._known.values():
+            known.entry = None
 
     def clear(self) -> None:
         """Remove every hook, and forget every entry."""

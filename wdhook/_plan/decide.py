@@ -144,20 +144,36 @@ def _check_audit(audit: Audit, model: nn.Module, recipe: str | None) -> None:
 
     if not isinstance(audit, Audit):
         raise ArgumentError(
-            f"`audit` must be an Audit.\n  got: {type(audit).__name__}\n  Make one: wdhook.audit(model, *inputs)"
+            f"`audit` must be an Audit.\n  got: {type(audit).__name__}\n"
+            "  Make one: wdhook.audit(model, *inputs)"
         )
     if recipe is not None:
         raise ArgumentError(
             "`audit` and `recipe` both say which parameters are decayed.\n"
             f"  recipe: {recipe}\n  Give one of them; Plan.diff shows what they decide differently"
         )
-    names = [name for name, _ in model.named_parameters()]
-    if not any(audit.saw(name) for name in names):
+    # A shard or an uninitialized parameter does not have the shape of the whole.
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if _is_whole(parameter)
+    }
+    differences = audit.differences(shapes) if shapes else []
+    if differences:
         raise ArgumentError(
-            "`audit` is of another model: it knows none of the parameters.\n"
-            f"  of the audit: {', '.join(list(audit)[:3])}, ...\n  of the model: {', '.join(names[:3])}, ...\n"
+            "`audit` is of another model: names or shapes of parameters differ.\n"
+            f"  of the audit: {', '.join(list(audit)[:3])}, ...\n"
+            f"  of the model: {', '.join(list(shapes)[:3])}, ...\n"
+            f"  first difference: {differences[0]}\n"
             "  Make one of this model: wdhook.audit(model, *inputs)"
         )
+
+
+def _is_whole(parameter: Any) -> bool:
+    """Tell a whole parameter from lazy ones and from the shards of FSDP and DeepSpeed."""
+    if is_lazy(parameter) or hasattr(parameter, "ds_shape"):
+        return False
+    return not (hasattr(parameter, "_fsdp_flattened") or is_flattened(parameter))
 
 
 def _follow_roles(

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from .._audit.finding import Finding
     from .._audit.report import Audit
 
-# Okabe & Ito's colours, which colour-blind readers can tell apart; the markers differ too. Uses that are decayed are
-# filled, the others are not.
+# Okabe & Ito's colours, which colour-blind readers can tell apart; the markers differ too. Uses
+# that are decayed are filled, the others are not.
 _STYLES: dict[str, tuple[str, str, frozenset[Use]]] = {
     "contraction": ("#0072B2", "o", frozenset({Use.CONTRACTION})),
     "lookup": ("#D55E00", "s", frozenset({Use.LOOKUP})),
@@ -32,9 +32,9 @@ _LOWEST = 1e-17  # rounding alone: what is below is drawn here
 def audit(audit: Audit) -> Figure:
     """Draw how much the scale of each parameter matters, in the order of the model.
 
-    Each mark is a parameter, at its sensitivity √n·abs⟨w, g⟩/(‖w‖·‖g‖): about 1 where weight decay regularizes, below
-    the threshold where it acts on the step size alone. Parameters without a gradient are not drawn; those whose
-    use contradicts the plan have a ring.
+    Each mark is a parameter, at its sensitivity √n·abs⟨w, g⟩/(‖w‖·‖g‖): about 1 where weight
+    decay regularizes, below the threshold where it acts on the step size alone. Parameters
+    without a gradient are not drawn; those whose use contradicts the plan have a ring.
 
     Args:
         audit: of `wdhook.audit`, not of a model on the meta device.
@@ -65,8 +65,16 @@ def audit(audit: Audit) -> Figure:
     if audit.threshold is not None:
         ax.axhline(audit.threshold, color="#555555", linewidth=0.8, linestyle=(0, (4, 2)))
         ax.axhspan(_LOWEST / 3, audit.threshold, color="#EEEEEE", zorder=0)
-        ax.text(0.99, audit.threshold / 2, "decay acts on the step size alone", transform=ax.get_yaxis_transform(),
-                ha="right", va="top", fontsize=8, color="#333333")  # fmt: skip
+        ax.text(
+            0.99,
+            audit.threshold / 2,
+            "decay acts on the step size alone",
+            transform=ax.get_yaxis_transform(),
+            ha="right",
+            va="top",
+            fontsize=8,
+            color="#333333",
+        )
     ax.set_yscale("log")
     ax.set_ylim(_LOWEST / 3, max([10.0, *(2 * (f.sensitivity or 0) for _, f in drawn)]))
     ax.set_xlim(-0.5, max(len(audit), 1) - 0.5)
