@@ -26,7 +26,7 @@ from .optimizers import (
     learning_rate,
 )
 
-Mode = Literal["coupled", "decoupled", "independent"]
+Mode = Literal["coupled", "decoupled", "independent", "corrected"]
 Moment = Literal["backward", "step"]
 LowPrecision = Literal["defer", "round"]
 MODES: tuple[str, ...] = tuple(FORMULAS)

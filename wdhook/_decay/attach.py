@@ -66,6 +66,8 @@ def attach(
             Hutter 2019).
             ``"independent"``: p ← p·(1 − (lr/lr_peak)·λ), so that λ does not change with the base
             learning rate.
+            ``"corrected"``: p ← p·(1 − (lr²/lr_peak)·λ), so that norms before a normalization do
+            not follow the schedule of the learning rate (AdamC; Defazio 2025, arXiv:2506.02285).
         at: ``"backward"``: in a post-accumulate-grad hook, so that clipping and logging see the
             decay.
             ``"step"``: just before the update, after accumulation, un-scaling and clipping, as the
@@ -209,7 +211,8 @@ def _mode_of(optimizer: Optimizer) -> Mode:
         raise ArgumentError(
             Problem(
                 "The formula of the optimizer's own decay is not known, so `mode` cannot be picked.",
-                'Give mode="coupled" (L2, as in SGD) or mode="decoupled" (as in AdamW)',
+                'Give mode="coupled" (L2, as in SGD) or mode="decoupled" (as in AdamW) or '
+                'mode="corrected" (as in timm\'s adamc)',
                 {"optimizer": type(optimizer).__name__},
             )
         )

@@ -129,14 +129,12 @@ class Engine:
                 self.state.config.formula.flush_(param, memo)
 
     def _remembered(self) -> Iterator[tuple[Tensor, Memo]]:
-        """Parameters of the model and of optimizers, with their memos."""
+        """Parameters of the model and of optimizers, with their memos. Nothing new is decided."""
         parameters = self.state.parameters
-        decided = parameters.decided()
-        for found in parameters.walk():
-            entry, known = parameters.entry(found.param), decided.get(id(found.param))
-            memo = None if entry is None else entry.memo
-            if entry is None and known is not None:  # its optimizer is gone
-                memo = self.memory.of(known.decision.name)
+        for found in parameters.walk() if self.state.config.formula.remembers else ():
+            entry = parameters.entry(found.param)
+            # Without an entry: what was loaded for a parameter that no optimizer has stepped since.
+            memo = self.memory.of(found.name) if entry is None else entry.memo
             if memo is not None:
                 yield found.param, memo
         for view in self.state.optimizers.views():

@@ -8,13 +8,14 @@ below.
 from __future__ import annotations
 
 from .base import Formula, How, Rates, Rest, Shrinking
+from .corrected import Corrected
 from .coupled import Coupled
 from .decoupled import Decoupled
 from .deferred import Deferred
 from .independent import Independent
 
 FORMULAS: dict[str, Formula] = {
-    formula.name: formula for formula in (Coupled(), Decoupled(), Independent())
+    formula.name: formula for formula in (Coupled(), Decoupled(), Independent(), Corrected())
 }
 
 
