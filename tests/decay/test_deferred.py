@@ -63,7 +63,7 @@ def by_hand(p: Tensor, factors: list[float]) -> tuple[Tensor, float]:
 @LOW
 @AT
 @pytest.mark.parametrize("foreach", [None, True, False])
-@pytest.mark.parametrize("mode", ["decoupled", "independent"])
+@pytest.mark.parametrize("mode", ["decoupled", "independent", "corrected"])
 def test_against_float64_products(
     mode: str, foreach: bool | None, at: str, dtype: torch.dtype
 ) -> None:
@@ -73,11 +73,16 @@ def test_against_float64_products(
     optimizer = SGD(model.parameters(), lr=LR)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, total_iters=400)
     amount = 0.004 if mode == "independent" else 0.004 / LR
-    factors, exact = [], 0.0
+    amounts = {
+        "decoupled": lambda lr: lr * amount,
+        "independent": lambda lr: (lr / LR) * amount,
+        "corrected": lambda lr: (lr**2 / LR) * amount,
+    }
+    factors = []
     decay = wdhook.attach(model, amount, mode=mode, at=at, optimizer=optimizer, foreach=foreach)
     for _ in range(400):
         lr = optimizer.param_groups[0]["lr"]
-        factors.append(1 - (lr / LR) * amount if mode == "independent" else 1 - lr * amount)
+        factors.append(1 - amounts[mode](lr))
         step_on_zeros(model, optimizer, 1)
         scheduler.step()
     exact = math.prod(factors)

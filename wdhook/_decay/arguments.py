@@ -42,7 +42,7 @@ def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None
         )
 
 
-def formula_of(mode: str | None, low_precision: str | None) -> Formula:
+def formula_of(mode: str | None, at: str, low_precision: str | None, cautious: object) -> Formula:
     """The formula that the arguments of `attach` name; a mode of None is coupled.
 
     Raises:
@@ -53,16 +53,43 @@ def formula_of(mode: str | None, low_precision: str | None) -> Formula:
     check_choice("mode", mode, MODES)
     if low_precision is not None:
         check_choice("low_precision", low_precision, get_args(LowPrecision))
-    if low_precision == "defer" and FORMULAS[mode].in_gradient:
+    if low_precision == "defer":
+        _check_can_wait(mode, bool(cautious))
+    if cautious not in (True, False):
+        raise ArgumentError(f"`cautious` must be True or False.\n  got: {cautious!r}")
+    if cautious:
+        _check_knows_the_update(mode, at)
+    return compose(mode, low_precision != "round", bool(cautious))
+
+
+def _check_can_wait(mode: str, cautious: bool) -> None:
+    reason = None
+    if FORMULAS[mode].in_gradient:
+        reason = "is added to gradients: a gradient is gone after its step"
+    elif cautious:
+        reason = "is cautious: each value has a mask of its own in each step"
+    if reason is not None:
         raise ArgumentError(
             Problem(
-                '`low_precision="defer"` has no meaning for decay that is added to gradients: a gradient is gone after '
-                "its step, and what it rounded away with it.",
-                'Use mode="decoupled", or leave `low_precision` out',
-                {"mode": mode},
+                f'`low_precision="defer"` has no meaning for decay that {reason}, and what was '
+                "rounded away is gone too.",
+                'Use mode="decoupled" with cautious=False, or leave `low_precision` out',
+                {"mode": mode, "cautious": cautious},
             )
         )
-    return compose(mode, defers=low_precision != "round")
+
+
+def _check_knows_the_update(mode: str, at: str) -> None:
+    if not FORMULAS[mode].in_gradient and at == "step":
+        return
+    raise ArgumentError(
+        Problem(
+            "`cautious=True` decays where the update agrees, so it comes after the update, and "
+            "changes parameters: not gradients, and not in the backward pass.",
+            'Use attach(..., cautious=True, mode="decoupled", at="step")',
+            {"mode": mode, "at": at},
+        )
+    )
 
 
 def check_attach(

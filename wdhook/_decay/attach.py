@@ -49,6 +49,7 @@ def attach(
     recipe: str | None = None,
     foreach: bool | None = None,
     low_precision: LowPrecision | None = None,
+    cautious: bool = False,
 ) -> WeightDecay:
     r"""Decay the weights of `model`, and nothing else, once per optimizer step from now on.
 
@@ -86,6 +87,9 @@ def attach(
             to p. ``"defer"``, the default of every mode but coupled: the factors are collected,
             and written when they can be represented; `WeightDecay.flush` writes what is pending.
             ``"round"``: each step is rounded, as in ``torch.optim``.
+        cautious: decay only values that the optimizer's update shrinks too (arXiv:2510.12402), after
+            the update: at ``"step"``, and not coupled. Needs memory for a copy of the decayed
+            parameters during the step.
 
     Returns:
         The handle; ``print(handle.plan)`` shows what is decayed and why.
@@ -110,7 +114,7 @@ def attach(
     >>> decay.remove()
     """
     check_attach(model, weight_decay, misplaced, at, foreach)
-    formula = formula_of(mode, low_precision)
+    formula = formula_of(mode, at, low_precision, cautious)
     schedule = weight_decay if callable(weight_decay) else None
     first = weight_decay(0) if callable(weight_decay) else weight_decay
     ready = ready_plan(model, first, overrides, recipe)
@@ -149,6 +153,7 @@ def adopt(
     recipe: str | None = None,
     foreach: bool | None = None,
     low_precision: LowPrecision | None = None,
+    cautious: bool = False,
 ) -> WeightDecay:
     """Take over the decay that `optimizer` is configured with.
 
@@ -160,8 +165,8 @@ def adopt(
         optimizer: with a non-zero ``weight_decay`` in at least one param group.
         mode: None picks the formula of the optimizer's own decay, where it is known.
         at: the default ``"step"`` is when the optimizer did it itself.
-        lr, scaler, overrides, recipe, foreach, low_precision: see `attach`. An override is
-            absolute; its True
+        lr, scaler, overrides, recipe, foreach, low_precision, cautious: see `attach`. An override
+            is absolute; its True
             means the λ of the param group.
 
     Returns:
@@ -198,6 +203,7 @@ def adopt(
         scaler=scaler,
         foreach=foreach,
         low_precision=low_precision,
+        cautious=cautious,
     )
     for settings in (*groups, optimizer.defaults):
         if "weight_decay" in settings:

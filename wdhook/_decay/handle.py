@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from .._base.errors import ArgumentError, WdhookError
+from .._base.problem import Problem
 from .._base.validate import check_factor
 from .._plan.plan import Plan
 from .engine import Engine
@@ -145,7 +146,7 @@ class WeightDecay:
         >>> with torch.no_grad():
         ...     _ = model.weight.fill_(2.0)
         >>> decay = wdhook.attach(model, 0.5)
-        # the loss gives the weight a gradient of 1, the decay another 1
+        >>> # the loss gives the weight a gradient of 1, the decay another 1
         >>> model(torch.ones(1, 1)).sum().backward()
         >>> snapshot = decay.snapshot()
         >>> snapshot.to_dict()["groups"]["weight"]
@@ -194,9 +195,24 @@ class WeightDecay:
                 f"  weight_decay: {state['weight_decay']!r}, then; now {self._engine.state.config.schedule!r}\n"
                 "  Attach with the number, or do not load this state"
             )
+        if state["memory"] and self._engine is not None:
+            self._check_remembers(state)
         self._set(check_factor(state["weight_decay"]))
         if self._engine is not None:
             self._engine.load(state)
+
+    def _check_remembers(self, state: Mapping[str, Any]) -> None:
+        assert self._engine is not None
+        if not self._engine.state.config.formula.remembers:
+            raise ArgumentError(
+                Problem(
+                    "`state` holds decay that was counted and not written yet, and this handle "
+                    "cannot write it.",
+                    "Call flush() before the state and the model are saved, or attach without "
+                    "`cautious`",
+                    {"parameters": ", ".join(state["memory"][0])},
+                )
+            )
 
     def __repr__(self) -> str:
         plan = self.plan

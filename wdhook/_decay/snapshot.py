@@ -119,7 +119,10 @@ class Snapshot:
                 change = before - _local(param)
                 if was_paid and entry.memo is not None and entry.memo.written is not None:
                     change += before * (entry.memo.written - number)  # what is counted, instead
-                decay = _dot(before, before) * (1 - number) ** 2
+                taken = torch.zeros_like(before)
+                if was_paid:
+                    taken = state.config.formula.taken(before, change, number)
+                decay = _dot(taken, taken)
                 zero = torch.zeros_like(decay)
                 self._add(key, zero, zero, zero, zero, decay, _dot(change, change))
         self._awaited = rest
@@ -222,7 +225,7 @@ def _added(entry: Entry, grad: Tensor, state: State) -> float | None:
 
 
 def _written(entry: Entry) -> Number | None:
-    """The factor that the parameter was multiplied with."""
+    """The factor that the parameter was multiplied with before the step; None where it was not."""
     written = None if entry.memo is None else entry.memo.written
     return entry.receipt.number if written is None else written
 

@@ -25,6 +25,7 @@ class Arguments(TypedDict, total=False):
     recipe: str | None
     foreach: bool | None
     low_precision: str | None
+    cautious: bool
 
 
 class Attached:

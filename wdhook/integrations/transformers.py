@@ -35,7 +35,7 @@ class WeightDecayCallback(Attached, TrainerCallback, ExportableState):
 
     Args:
         **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``foreach``,
-            ``low_precision``; see `wdhook.attach`.
+            ``low_precision``, ``cautious``; see `wdhook.attach`.
 
     Raises:
         ArgumentError: `arguments` has another name. All that `wdhook.attach` raises comes when

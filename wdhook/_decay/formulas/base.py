@@ -68,6 +68,7 @@ class Formula:
         needs_peak: `Rates.peak` is read.
         remembers: each parameter has a `Memo`.
         defers: decay that a low-precision parameter cannot hold yet is kept for later.
+        at_step_only: the formula has to know the update.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Formula:
     needs_peak: bool = False
     remembers: bool = False
     defers: bool = False
+    at_step_only: bool = False
 
     def number(self, rates: Rates) -> Number:
         """The number that is written with. All numbers of a step are computed before the first is
@@ -90,6 +92,16 @@ class Formula:
             nothing is.
         """
         raise NotImplementedError
+
+    def taken(self, before: Tensor, change: Tensor, number: Number) -> Tensor:
+        """The part of a change that is decay, for a formula that changes parameters.
+
+        Args:
+            before: values before the step.
+            change: of the step, decay and update: before − after.
+            number: of the payment.
+        """
+        return before * (1 - number)
 
     def flush_(self, param: Tensor, memo: Memo) -> None:
         """Write what is pending of one parameter. May wait for the device."""

@@ -53,6 +53,10 @@ class Deferred(Shrinking):
         amount = self._formula.amount(rates)
         return tensors.wide(amount) if self.waits(rates.dtype) else amount
 
+    def taken(self, before: Tensor, change: Tensor, number: Number) -> Tensor:
+        """As of the formula."""
+        return self._formula.taken(before, change, number)
+
     def shrink_(
         self, params: list[Tensor], memos: list[Memo | None], by: Number, foreach: bool | None
     ) -> None:
