@@ -1,4 +1,5 @@
-"""`python -m benchmarks.low_precision`: the share of decoupled decay that low precision keeps, by the stride of writing."""
+"""`python -m benchmarks.low_precision`: the share of decoupled decay that low precision keeps, by
+the stride of writing."""
 
 from __future__ import annotations
 
@@ -31,13 +32,15 @@ def kept(dtype: torch.dtype, units: int, amount: float, steps: int, values: str)
 
     Args:
         dtype: of the parameter.
-        units: in the last place, of the distance from 1 at which a product is written; 0: at each step.
+        units: in the last place, of the distance from 1 at which a product is written; 0: at each
+            step.
         amount: lr·λ.
         steps: of the run.
         values: ``"normal"`` or ``"uniform"``, times 0.02.
 
     Returns:
-        ``share``: log of the factor on the start, over that of exact arithmetic; ``error``: root mean square of the
+        ``share``: log of the factor on the start, over that of exact arithmetic; ``error``: root
+            mean square of the
         relative errors.
     """
     generator = torch.Generator().manual_seed(0)

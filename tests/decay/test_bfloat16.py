@@ -3,6 +3,7 @@ away."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -168,3 +169,23 @@ def test_float16_gradients_and_a_scaler_are_refused_by_torch() -> None:
         with pytest.raises(ValueError, match="unscale FP16 gradients"):
             scaler.step(optimizer)
     assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize("at", ["backward", "step"])
+@pytest.mark.parametrize(("size", "told"), [(100.0, True), (0.01, False)])
+def test_coupled_decay_that_gradients_lose_is_told(size: float, told: bool, at: str) -> None:
+    """A gradient is sampled early; the warning comes once, later, where most values lose λ·p."""
+    model = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    optimizer = SGD(model.parameters(), lr=1e-6)
+    messages = []
+    # lr·λ is below half a unit too, which is another warning, at the first step.
+    with warnings.catch_warnings(record=True) as caught, wdhook.attach(model, λ, at=at):
+        warnings.simplefilter("always")
+        for step in range(40):
+            optimizer.zero_grad()
+            (model.weight * size).sum().backward()
+            optimizer.step()
+            messages += [(step, str(w.message)) for w in caught]
+            caught.clear()
+    lost = [step for step, message in messages if "lost in the gradients" in message]
+    assert lost == ([24] if told else [])

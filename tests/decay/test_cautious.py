@@ -86,7 +86,8 @@ def test_the_mask_matters() -> None:
 
 
 def test_signs_and_zeros() -> None:
-    """Values that grow keep their size; u = 0 decays, as in nanochat and dion; tiny values count."""
+    """Values that grow keep their size; u = 0 decays, as in nanochat and dion; tiny values
+    count."""
     layer = nn.Linear(6, 1, bias=False)
     start = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, 1e-30]])
     layer.weight.data.copy_(start)

@@ -44,7 +44,8 @@ def scheduled(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) ->
 @AT
 @pytest.mark.parametrize("name", ["adamc", "nadamc", "lionc"])
 def test_timm(name: str, at: str) -> None:
-    """To the last bit what timm's corrected optimizers do: the peak is the constructor's lr in both."""
+    """To the last bit what timm's corrected optimizers do: the peak is the constructor's lr in
+    both."""
     optim = pytest.importorskip("timm.optim", reason="timm is not installed")
 
     def make(params: Any, weight_decay: float) -> Any:
@@ -85,7 +86,8 @@ def test_adopt_takes_timms(name: str) -> None:
 @pytest.mark.parametrize("tensor", [False, True])
 @pytest.mark.parametrize("peak", ["initial_lr", "max_lr", "seen"])
 def test_by_hand(peak: str, tensor: bool, at: str) -> None:
-    """Against the formula in float64. The peak is the largest rate that the group or the run knows."""
+    """Against the formula in float64. The peak is the largest rate that the group or the run
+    knows."""
     model, twin = twins(perceptron(torch.float64))
     wrap = (lambda x: torch.tensor(x, dtype=torch.float64)) if tensor else float
     optimizer = SGD(model.parameters(), lr=wrap(LR))
@@ -103,8 +105,9 @@ def test_by_hand(peak: str, tensor: bool, at: str) -> None:
         for weight in weights(twin):
             weight.data *= 1 - λ * lr**2 / top
     handle.remove()
-    # Four products, whose factors are rounded in another order: 2⁻⁵³ for each operation. A peak that
-    # is a number in the group becomes a float32 tensor beside a tensor: 2⁻²⁴ of a decay below λ.
+    # Four products, whose factors are rounded in another order: 2⁻⁵³ for each operation. A peak
+    # that is a number in the group becomes a float32 tensor beside a tensor: 2⁻²⁴ of a decay below
+    # λ.
     bound = 4 * λ * 2**-24 if tensor and peak != "seen" else 16 * 2**-53
     for one, other in zip(weights(model), weights(twin), strict=True):
         assert ((one - other).abs() <= bound * other.abs()).all()

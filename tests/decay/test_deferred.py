@@ -1,4 +1,5 @@
-"""Deferred decay: counted once per step, and written when a low-precision parameter can represent it."""
+"""Deferred decay: counted once per step, and written when a low-precision parameter can represent
+it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from wdhook._decay.rules import optimizers as rule_module
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 AT = pytest.mark.parametrize("at", ["backward", "step"])
-SMALL = 5e-4  # lr·λ: less than a quarter of a unit in the last place of bfloat16, so each step alone is lost
+# lr·λ: less than a quarter of a unit in the last place of bfloat16, so each step alone is lost.
+SMALL = 5e-4
 STRIDE = {torch.bfloat16: 2**-5, torch.float16: 2**-7}
 
 
@@ -67,7 +69,8 @@ def by_hand(p: Tensor, factors: list[float]) -> tuple[Tensor, float]:
 def test_against_float64_products(
     mode: str, foreach: bool | None, at: str, dtype: torch.dtype
 ) -> None:
-    """With a scheduled learning rate and several tensors, to the last bit; after a flush 0.99 of the decay is there."""
+    """With a scheduled learning rate and several tensors, to the last bit; after a flush 0.99 of
+    the decay is there."""
     model = nn.Sequential(layer(dtype, 32), layer(dtype, 32))
     before = copy.deepcopy(model)
     optimizer = SGD(model.parameters(), lr=LR)
@@ -172,7 +175,8 @@ def test_the_share_beside_an_optimizer(name: str) -> None:
             raise
         pytest.skip(f"does not run here: {error}")
     start = layer().weight.detach().double()
-    # Random updates of mean 0 leave the projection on the start as it is, up to 1 in √65536 of their size.
+    # Random updates of mean 0 leave the projection on the start as it is, up to 1 in √65536 of
+    # their size.
     ratio = (start * with_decay).sum() / (start * without).sum()
     kept = math.log(ratio.item()) / (steps * math.log1p(-SMALL))
     # Lion's updates are of one size, so where they round depends on the parameter: it ends at 1.04.
@@ -235,7 +239,8 @@ def go(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: list[Tensor])
 @pytest.mark.parametrize("kind", ["float lr", "tensor lr"])
 @pytest.mark.parametrize("order", ["model first", "decay first"])
 def test_a_resume_is_exact(order: str, kind: str, at: str) -> None:
-    """What is pending is in the state: 60 steps are 25 steps, a pickle, and 35 more, to the last bit."""
+    """What is pending is in the state: 60 steps are 25 steps, a pickle, and 35 more, to the last
+    bit."""
     model = perceptron(torch.bfloat16)
     inputs = batches(model, 60)
 
@@ -315,7 +320,8 @@ def test_remove_flush_and_pause(at: str) -> None:
 
 @AT
 def test_another_optimizer_goes_on(at: str) -> None:
-    """Optimizers that come and go, some of them collected, change nothing: the product belongs to the parameter."""
+    """Optimizers that come and go, some of them collected, change nothing: the product belongs to
+    the parameter."""
     amount, steps = 0.004, 60
     one, other = layer(size=16), layer(size=16)
     only = SGD(one.parameters(), lr=LR)
@@ -333,7 +339,8 @@ def test_another_optimizer_goes_on(at: str) -> None:
 @AT
 @pytest.mark.parametrize("swap", [False, True], ids=["set data", "swap tensors"])
 def test_a_conversion_writes_what_is_pending(swap: bool, at: str) -> None:
-    """bfloat16 that becomes float32 gets its pending factor there, exactly; the way back collects again."""
+    """bfloat16 that becomes float32 gets its pending factor there, exactly; the way back collects
+    again."""
     torch.__future__.set_swap_module_params_on_conversion(swap)
     try:
         amount = 0.004
@@ -364,7 +371,8 @@ def test_a_conversion_writes_what_is_pending(swap: bool, at: str) -> None:
 
 
 def test_a_parameter_that_takes_the_place_takes_over() -> None:
-    """`load_state_dict(assign=True)` puts another parameter there, which goes on with what is pending."""
+    """`load_state_dict(assign=True)` puts another parameter there, which goes on with what is
+    pending."""
     model = layer(size=8)
     start = copy.deepcopy(model.state_dict())
     with wdhook.attach(model, 0.1, mode="decoupled", at="step") as decay:
@@ -403,7 +411,8 @@ def test_a_learning_rate_on_the_device_is_not_read(
     at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tensor as lr gives the bits of a number that has the same value, and is never read."""
-    # The check reads a learning rate that is on the CPU, which waits for nothing. On a device it would not.
+    # The check reads a learning rate that is on the CPU, which waits for nothing. On a device it
+    # would not.
     for module in (rate_module, rule_module):
         monkeypatch.setattr(module, "check_lr", lambda lr, group: lr)
     model, twin = layer(size=16), layer(size=16)
@@ -448,7 +457,8 @@ def test_a_step_that_a_fused_optimizer_skips_is_not_counted() -> None:
 
 @pytest.mark.parametrize("capturable", [True, False])
 def test_in_a_graph(capturable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a CUDA graph would replay: a product that is changed in place, or the factor of each step.
+    """What a CUDA graph would replay: a product that is changed in place, or the factor of each
+    step.
 
     A graph replays kernels on the tensors of the capture, so the product has to be the same tensor.
     """
@@ -479,7 +489,8 @@ def test_in_a_graph(capturable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sparse_gradients_are_rounded_and_said_to_be() -> None:
-    """The rows of a sparse gradient shrink at once: one product cannot count for rows that differ."""
+    """The rows of a sparse gradient shrink at once: one product cannot count for rows that
+    differ."""
     table = nn.Embedding(6, 4, sparse=True, dtype=torch.bfloat16)
     start = table.weight.detach().clone()
     optimizer = SGD(table.parameters(), lr=LR)
@@ -505,12 +516,14 @@ def test_the_snapshot_counts_what_is_pending() -> None:
             snapshot = decay.snapshot()
             optimizer.step()
             share = snapshot.to_dict()["groups"]["weight"]["share"]
-            # The update is 0.1·p, and rounds to bfloat16 as p does: at most 2⁻⁸ of p in each of three places.
+            # The update is 0.1·p, and rounds to bfloat16 as p does: at most 2⁻⁸ of p in each of
+            # three places.
             assert share == pytest.approx(0.02 / 0.12, rel=3 * 2**-8 / 0.1)
 
 
 def test_coupled_decay_cannot_wait() -> None:
-    """A gradient is gone after its step: asked for, deferred coupled decay is an error that names decoupled."""
+    """A gradient is gone after its step: asked for, deferred coupled decay is an error that names
+    decoupled."""
     with pytest.raises(wdhook.ArgumentError, match=r"defer[\s\S]*decoupled"):
         wdhook.attach(layer(), 0.1, mode="coupled", low_precision="defer")
     with pytest.raises(wdhook.ArgumentError, match="low_precision"):

@@ -1,4 +1,5 @@
-"""Deferred decay of sharded and of replicated bfloat16 parameters: what one process does, to the last bit."""
+"""Deferred decay of sharded and of replicated bfloat16 parameters: what one process does, to the
+last bit."""
 
 from __future__ import annotations
 

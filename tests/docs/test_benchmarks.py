@@ -39,7 +39,8 @@ def test_the_report_has_every_case() -> None:
 
 
 def test_the_table_of_low_precision() -> None:
-    """Two cells of docs/amp.md, measured again: the one that is taken, and the one that loses all."""
+    """Two cells of docs/amp.md, measured again: the one that is taken, and the one that loses
+    all."""
     page = (ROOT / "docs" / "amp.md").read_text()
     row = next(line for line in page.splitlines() if line.startswith("| bfloat16 | uniform"))
     cells = [cell.strip(" *") for cell in row.split("|")]

@@ -87,8 +87,8 @@ def attach(
             to p. ``"defer"``, the default of every mode but coupled: the factors are collected,
             and written when they can be represented; `WeightDecay.flush` writes what is pending.
             ``"round"``: each step is rounded, as in ``torch.optim``.
-        cautious: decay only values that the optimizer's update shrinks too (arXiv:2510.12402), after
-            the update: at ``"step"``, and not coupled. Needs memory for a copy of the decayed
+        cautious: decay only values that the optimizer's update shrinks too (arXiv:2510.12402),
+            after the update: at ``"step"``, and not coupled. Needs memory for a copy of the decayed
             parameters during the step.
 
     Returns:

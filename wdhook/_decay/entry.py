@@ -125,7 +125,8 @@ class Entry(Window):
         receipt: what the last payment was made with.
         terms: numbers shared with other parameters.
         handle: of the hook; None where there is none.
-        memo: what the formula remembers of the parameter; None for a formula that remembers nothing.
+        memo: what the formula remembers of the parameter; None for a formula that remembers
+            nothing.
     """
 
     __slots__ = ("handle", "memo", "name", "own", "peak", "receipt", "terms")

@@ -58,10 +58,12 @@ class WeightDecay:
             self._engine = None
 
     def flush(self) -> None:
-        """Write decay that was counted and could not be represented yet, to parameters in bfloat16 and float16.
+        """Write decay that was counted and could not be represented yet, to parameters in bfloat16
+        and float16.
 
-        Call it between steps, before weights are exported or compared. A checkpoint needs no flush: `state_dict` holds
-        what is pending. What rounding takes of the last factor is lost. Waits for the device where numbers are there.
+        Call it between steps, before weights are exported or compared. A checkpoint needs no
+        flush: `state_dict` holds what is pending. What rounding takes of the last factor is lost.
+        Waits for the device where numbers are there.
         """
         if self._engine is not None and not self._engine.closed:
             self._engine.flush()

@@ -1,4 +1,5 @@
-"""What a formula remembers of each parameter: under the parameter's name, so that it outlives an optimizer."""
+"""What a formula remembers of each parameter: under the parameter's name, so that it outlives an
+optimizer."""
 
 from __future__ import annotations
 
@@ -46,8 +47,9 @@ class Memo:
 class Memory:
     """The memos of one handle, by the names of parameters.
 
-    An entry goes when its optimizer goes, or its parameter. A memo waits for the next entry of that name: of the same
-    parameter under another optimizer, or of one that has taken its place (a conversion, ``assign=True``).
+    An entry goes when its optimizer goes, or its parameter. A memo waits for the next entry of
+    that name: of the same parameter under another optimizer, or of one that has taken its place
+    (a conversion, ``assign=True``).
     """
 
     def __init__(self) -> None:
@@ -66,7 +68,8 @@ class Memory:
         return self._memos.get(name)
 
     def save(self) -> tuple[dict[str, Any], ...]:
-        """Name → contents, in a tuple, which torch.distributed.checkpoint saves as one object; () where none is."""
+        """Name → contents, in a tuple, which torch.distributed.checkpoint saves as one object; ()
+        where none is."""
         saved = {name: memo.save() for name, memo in self._memos.items()}
         saved = {name: contents for name, contents in saved.items() if contents}
         return (saved,) if saved else ()

@@ -198,7 +198,8 @@ def _leads_to_class(step: Any, optimizer: Optimizer, depth: int = 4) -> bool:
 
 
 def is_capturable(known: tuple[Any, Mapping[str, Any]] | None) -> bool:
-    """Tell a param group whose step may go into a CUDA graph; `known` is an optimizer and its group."""
+    """Tell a param group whose step may go into a CUDA graph; `known` is an optimizer and its
+    group."""
     return known is not None and bool(known[1].get("capturable"))
 
 

@@ -93,7 +93,8 @@ def scaled(weight_decay: Number, scale: Tensor | None) -> Number:
 
 
 def is_low(dtype: torch.dtype) -> bool:
-    """Tell a floating point format that torch multiplies in, and whose precision is below that of float32."""
+    """Tell a floating point format that torch multiplies in, and whose precision is below that of
+    float32."""
     if not dtype.is_floating_point or dtype.itemsize < 2:
         return False
     return torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
@@ -107,7 +108,8 @@ def wide(number: Number) -> Number:
 
 
 def on_device(number: Number | None, device: torch.device) -> Tensor:
-    """A number as a 0-dim tensor of its own, in double precision where the device has that; None stands for 1.
+    """A number as a 0-dim tensor of its own, in double precision where the device has that; None
+    stands for 1.
 
     A copy from the host; a tensor that is there already is given back as it is.
     """
@@ -206,7 +208,8 @@ def pieces(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     if not (one.is_cpu and one.is_contiguous() and other.is_contiguous()):
         yield one, other
         return
-    yield from zip(one.view(-1).split(_PIECE), other.view(-1).split(_PIECE), strict=True)
+    pair = torch.split(one.view(-1), _PIECE), torch.split(other.view(-1), _PIECE)
+    yield from zip(*pair, strict=True)
 
 
 _PIECE = 2**15  # elements

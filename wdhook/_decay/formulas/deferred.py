@@ -1,8 +1,10 @@
-"""Deferred decay, for parameters in low precision: many small factors are multiplied before one of them is written.
+"""Deferred decay, for parameters in low precision: many small factors are multiplied before one of
+them is written.
 
-A parameter in bfloat16 rounds p·(1 − lr·λ) to p again. So the factors of several steps are collected in a product, a
-number for each parameter. When it is far enough from 1 to be felt, the parameter is multiplied. Nothing is random: replicas
-that take the same steps stay equal to the last bit.
+A parameter in bfloat16 rounds p·(1 − lr·λ) to p again. So the factors of several steps are
+collected in a product, a number for each parameter. When it is far enough from 1 to be felt, the
+parameter is multiplied. Nothing is random: replicas that take the same steps stay equal to the
+last bit.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from .base import How, Rates, Rest, Shrinking
 def stride(dtype: torch.dtype) -> float:
     """How far from 1 a product is written: four units in the last place, and at least 2⁻⁷.
 
-    Fewer units lose decay to rounding; measured by `python -m benchmarks.low_precision`, docs/amp.md.
+    Fewer units lose decay to rounding; measured by `python -m benchmarks.low_precision`,
+    docs/amp.md.
     """
     return max(4 * torch.finfo(dtype).eps, 2**-7)
 
@@ -28,12 +31,13 @@ def stride(dtype: torch.dtype) -> float:
 class Deferred(Shrinking):
     """Another formula, whose factors are collected where the parameters are of low precision.
 
-    The factor that is written can be represented in the parameter's precision; what is left of the product is kept. So no
-    kernel rounds a factor.
+    The factor that is written can be represented in the parameter's precision; what is left of the
+    product is kept. So no kernel rounds a factor.
 
     Args:
         formula: the one that says how much.
-        defers: False: nothing is collected; what another handle has collected before a checkpoint is written.
+        defers: False: nothing is collected; what another handle has collected before a checkpoint
+            is written.
     """
 
     remembers = True
@@ -49,7 +53,8 @@ class Deferred(Shrinking):
         return self.defers and dtype is not None and tensors.is_low(dtype)
 
     def amount(self, rates: Rates) -> Number:
-        """That of the formula; in double precision on a device, since 1 − lr·λ in single precision is coarse."""
+        """That of the formula; in double precision on a device, since 1 − lr·λ in single precision
+        is coarse."""
         amount = self._formula.amount(rates)
         return tensors.wide(amount) if self.waits(rates.dtype) else amount
 
@@ -96,7 +101,8 @@ class Deferred(Shrinking):
     def _collect(self, due: Due, number: Number, how: How) -> None:
         on_device = [isinstance(memo.product, Tensor) for memo in _memos(due)]
         if how.capturing and not all(on_device):
-            # The graph would replay a product of now, whatever it has become: the factor of each step is written.
+            # The graph would replay a product of now, whatever it has become: the factor of each
+            # step is written.
             self._formula.pay_(due, number, how)
         elif _stays_in_python(number, how) and not any(on_device):
             self._collect_in_python(due, float(number), how.foreach)
@@ -120,7 +126,8 @@ class Deferred(Shrinking):
             self.shrink_(params, memos, factor, foreach)
 
     def _collect_on_device(self, due: Due, number: Number, found_inf: Tensor | None) -> None:
-        """The same, where a number is on the device or has to stay there: nothing is read, every factor is written.
+        """The same, where a number is on the device or has to stay there: nothing is read, every
+        factor is written.
 
         The products are changed in place, so that a CUDA graph goes on with them.
         """

@@ -214,10 +214,20 @@ RULES = (
         WdhookWarning,
         Moment.STEP,
         scaling.rounds_away,
-        "`lr·λ` below half a unit in the last place of a bfloat16 or float16 parameter, where decay is not deferred: "
-        'coupled, `low_precision="round"`, a sparse gradient',
+        "`lr·λ` below half a unit in the last place of a bfloat16 or float16 parameter, where "
+        'decay is not deferred: coupled, cautious, `low_precision="round"`, a sparse gradient',
         "the decay rounds away",
         on_change=True,
+    ),
+    Rule(
+        "lost-in-gradients",
+        WdhookWarning,
+        Moment.STEP,
+        scaling.LostInGradients,
+        "coupled decay of bfloat16 or float16 parameters, where λ·p is less than half a unit in "
+        "the last place of most values of a gradient; sampled at the 3rd step, told at the 25th",
+        "the decay is lost; names decoupled",
+        applies=in_gradient,
     ),
     Rule(
         "lower-precision-gradient",
