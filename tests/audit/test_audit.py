@@ -25,7 +25,7 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mixer = nn.Parameter(torch.ones(4, 6))
+        self.mixer = nn.Parameter(torch.linspace(0.5, 1.5, 24).reshape(4, 6))
         self.readout = nn.Parameter(torch.ones(6))
         self.table = nn.Linear(6, 9, bias=False)
         self.fc = nn.Linear(6, 6)

@@ -23,7 +23,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.fc, self.norm = nn.Linear(8, 6), nn.BatchNorm1d(6)
-        self.mixer = nn.Parameter(torch.ones(4, 6))
+        self.mixer = nn.Parameter(torch.linspace(0.5, 1.5, 24).reshape(4, 6))
 
     def forward(self, x, *, rows):
         print("running")
@@ -174,7 +174,8 @@ def test_the_picture_rings_contradictions() -> None:
     class Gate(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.mixer, self.fc = nn.Parameter(torch.ones(4, 3)), nn.Linear(3, 3)
+            self.mixer = nn.Parameter(torch.linspace(0.5, 1.5, 12).reshape(4, 3))
+            self.fc = nn.Linear(3, 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.fc(x * self.mixer)

@@ -1,4 +1,6 @@
-"""Adapters: LoRA by hand and by peft, attached before and after, merged; and a model of transformers that grows."""
+"""Adapters: LoRA by hand and by peft, attached before and after, merged; and a model of
+transformers that grows.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def adapted_groups(model: nn.Module) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("when", ["before", "after"])
 @MODES
 def test_adapters_and_their_merging(mode: str, at: str, when: str) -> None:
-    """Attached before or after: adapters are decayed, the frozen base is not; merged, the base is again."""
+    """Attached before or after: adapters are decayed, the frozen base is not; merged, the base is
+    again.
+    """
     model, twin = twins(perceptron())
     changes = (adapt, merge) if when == "before" else (merge,)
     if when == "after":
@@ -114,7 +118,9 @@ def peft_groups(model: nn.Module) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_peft(when: str, dora: bool, mode: str, at: str) -> None:
-    """Adapters and trained copies are decayed, magnitudes and frozen weights are not; merged, the weights are again."""
+    """Adapters and trained copies are decayed, magnitudes and frozen weights are not; merged, the
+    weights are again.
+    """
 
     def run(base: nn.Module, attach: Callable[[nn.Module], Any], optimize: Optimize) -> nn.Module:
         if when == "before":
@@ -134,7 +140,9 @@ def test_peft(when: str, dora: bool, mode: str, at: str) -> None:
 
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_exemptions_under_peft(at: str) -> None:
-    """What was exempt, or had a λ of its own, keeps it under the names that peft gives it, and afterwards."""
+    """What was exempt, or had a λ of its own, keeps it under the names that peft gives it, and
+    afterwards.
+    """
     base = Classifier()
     with wdhook.attach(base, λ, at=at, overrides={"q.weight": 0.0, "score.weight": 0.25}) as handle:
         model = peft_model(base, dora=False)
@@ -152,7 +160,9 @@ def test_exemptions_under_peft(at: str) -> None:
 
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_a_peft_model_that_died_and_a_head_that_came_later(at: str) -> None:
-    """Attached to the wrapper, thrown away after merging: the model inside is decayed still, new head and all."""
+    """Attached to the wrapper, thrown away after merging: the model inside is decayed still, new
+    head and all.
+    """
     model = peft_model(Classifier(), dora=False)
     wdhook.attach(model, λ, mode="decoupled", at=at, lr=LR)
     model = model.merge_and_unload().requires_grad_(True)
@@ -173,7 +183,9 @@ def test_a_peft_model_that_died_and_a_head_that_came_later(at: str) -> None:
 
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_resize_token_embeddings(at: str) -> None:
-    """transformers replaces the table (and the head tied to it) by a larger one, which has the old one's role."""
+    """transformers replaces the table (and the head tied to it) by a larger one, which has the old
+    one's role.
+    """
     transformers = pytest.importorskip("transformers")
     sizes = {"n_embd": 4, "n_layer": 1, "n_head": 1, "n_positions": 4}
     torch.manual_seed(0)

@@ -20,7 +20,9 @@ def decided(model: nn.Module, **arguments: object) -> dict[str, float]:
 
 
 def test_weights_yes_biases_and_norms_no() -> None:
-    """The default: convolution and linear weights are decayed; biases, BatchNorm and LayerNorm are not."""
+    """The default: convolution and linear weights are decayed; biases, BatchNorm and LayerNorm are
+    not.
+    """
     assert decided(convnet()) == {
         "0.weight": 0.5,
         "0.bias": 0.0,
@@ -47,7 +49,9 @@ def test_the_decision_says_everything() -> None:
 
 
 def test_a_plan_is_pure_and_immutable() -> None:
-    """Planning changes no parameter, buffer, flag, hook or random state; a plan cannot be changed."""
+    """Planning changes no parameter, buffer, flag, hook or random state; a plan cannot be
+    changed.
+    """
     model = convnet()
     before, flags = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
     state, chance = torch.get_rng_state(), random.getstate()
@@ -95,7 +99,9 @@ def test_decayed_and_exempt_are_plans() -> None:
     ],
 )
 def test_overrides(overrides: dict[object, float], changed: dict[str, float]) -> None:
-    """A role or its string, a glob, a class and a predicate select; λ is absolute, True means "as given"; last wins."""
+    """A role or its string, a glob, a class and a predicate select; λ is absolute, True means "as
+    given"; last wins.
+    """
     assert decided(convnet(), overrides=overrides) == {**decided(convnet()), **changed}
 
 
@@ -108,7 +114,9 @@ def test_an_override_is_the_reason() -> None:
 
 
 def test_overrides_reach_tied_and_wrapped_parameters() -> None:
-    """A tied parameter is selected by each of its names, a wrapped one also without the wrapper's prefix."""
+    """A tied parameter is selected by each of its names, a wrapped one also without the wrapper's
+    prefix.
+    """
     model = nn.ModuleDict({"embed": nn.Embedding(4, 3), "head": nn.Linear(3, 4, bias=False)})
     model["head"].weight = model["embed"].weight
     assert decided(model, overrides={"head.weight": 0.25}) == {"embed.weight": 0.25}
@@ -196,7 +204,9 @@ def test_lazy_parameters() -> None:
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 @pytest.mark.parametrize("at", ["backward", "step"])
 def test_lazy_parameters_are_decayed_from_their_first_step(at: str) -> None:
-    """A parameter that had no shape when it was attached is decayed at its first step, and then in its backward."""
+    """A parameter that had no shape when it was attached is decayed at its first step, and then in
+    its backward.
+    """
     lazy = nn.Sequential(nn.LazyLinear(3, bias=False))
     with wdhook.attach(lazy, 0.5, at=at):
         lazy(torch.zeros(1, 4)).sum().backward()
@@ -233,7 +243,9 @@ def test_the_table_folds_layers_that_differ_in_their_number() -> None:
 
 
 def test_the_table_folds_two_numbers() -> None:
-    """Stages of blocks fold along both numbers where they are equal, and only neighbours are joined."""
+    """Stages of blocks fold along both numbers where they are equal, and only neighbours are
+    joined.
+    """
     model = nn.ModuleList(
         [nn.ModuleList([nn.Linear(2, 2, bias=False) for _ in range(3)]) for _ in range(4)]
     )
@@ -245,7 +257,9 @@ def test_the_table_folds_two_numbers() -> None:
 
 
 def test_the_table_keeps_the_order_of_the_model() -> None:
-    """A folded run stands where its first member stands, also if an earlier layer has the same shape elsewhere."""
+    """A folded run stands where its first member stands, also if an earlier layer has the same
+    shape elsewhere.
+    """
     model = nn.ModuleList(
         [nn.ModuleList([nn.Linear(4, 2), nn.Linear(2, 4)]), nn.Linear(3, 3), nn.Linear(3, 2)]
     )

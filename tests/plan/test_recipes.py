@@ -1,4 +1,6 @@
-"""The rules of other projects: by hand on small models, and against the original function on real ones."""
+"""The rules of other projects: by hand on small models, and against the original function on real
+ones.
+"""
 
 from __future__ import annotations
 
@@ -53,14 +55,17 @@ class House(Bag):
 
 EXEMPT = {
     "forum": "conv.bias bn.weight bn.bias gn.bias ln.bias grid.bias relative_bias.weight",
-    "timm": "pos_embed logit_scale conv.bias bn.weight bn.bias gn.weight gn.bias ln.bias q_norm.weight grid.bias",
-    "huggingface": "conv.bias bn.bias gn.bias ln.weight ln.bias q_norm.weight grid.bias relative_bias.weight",
+    "timm": "pos_embed logit_scale conv.bias bn.weight bn.bias "
+    "gn.weight gn.bias ln.bias q_norm.weight grid.bias",
+    "huggingface": "conv.bias bn.bias gn.bias ln.weight "
+    "ln.bias q_norm.weight grid.bias relative_bias.weight",
     "nanogpt": "logit_scale conv.bias bn.weight bn.bias gn.weight gn.bias q_norm.weight",
     "detectron2": "bn.weight bn.bias gn.weight gn.bias ln.weight ln.bias",
     "mmengine": "conv.bias bn.weight bn.bias gn.weight gn.bias ln.weight ln.bias grid.bias",
     "megatron": "conv.bias bn.weight bn.bias gn.weight gn.bias ln.bias q_norm.weight grid.bias",
     "fastai": "conv.bias bn.weight bn.bias gn.bias ln.weight ln.bias grid.bias",
-    "swin": "pos_embed conv.bias bn.weight bn.bias gn.weight gn.bias ln.bias q_norm.weight grid.bias "
+    "swin": "pos_embed conv.bias bn.weight bn.bias gn.weight "
+    "gn.bias ln.bias q_norm.weight grid.bias "
     "relative_bias.weight",
 }
 
@@ -100,7 +105,9 @@ def test_names_order_and_frozen_parameters(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_wrappers_are_looked_through(recipe: str) -> None:
-    """A wrapped model is decided as the bare one: the projects read their lists before they wrap."""
+    """A wrapped model is decided as the bare one: the projects read their lists before they
+    wrap.
+    """
     wrapped = torch.optim.swa_utils.AveragedModel(House())
     assert exempt(wrapped, recipe) == {f"module.{name}" for name in EXEMPT[recipe].split()}
     assert exempt(nn.Sequential(House()), "timm") == {
@@ -174,14 +181,18 @@ def test_a_flag_is_no_list() -> None:
     ],
 )
 def test_names_of_huggingface(name: str, left: bool) -> None:
-    """A component that is "norm" or ends with "_norm", and "layernorm", "rmsnorm", "bias" anywhere, any case."""
+    """A component that is "norm" or ends with "_norm", and "layernorm", "rmsnorm", "bias" anywhere,
+    any case.
+    """
     assert exempt(nn.ModuleDict({name: Bag(matrix=(2, 2))}), "huggingface") == (
         set() if left else {f"{name}.matrix"}
     )
 
 
 def test_layer_norm_of_huggingface() -> None:
-    """What lies in a LayerNorm is exempt with its children, but the root itself is no layer of the model."""
+    """What lies in a LayerNorm is exempt with its children, but the root itself is no layer of the
+    model.
+    """
 
     class Conditional(nn.LayerNorm):
         """A sub-class with a child."""
@@ -210,7 +221,9 @@ def test_the_first_owner_decides_for_a_shared_parameter(
 
 
 def test_biases_of_fastai() -> None:
-    """Whatever some module calls `bias` is exempt, also where a first owner has another name for it."""
+    """Whatever some module calls `bias` is exempt, also where a first owner has another name for
+    it.
+    """
     shared = nn.Linear(2, 2)
     model = nn.ModuleDict({"first": Bag(table=shared.bias), "second": shared})
     assert exempt(model, "fastai") == {"first.table"}
@@ -221,7 +234,9 @@ def test_biases_of_fastai() -> None:
     ("module", "offset_bias"), [("mmcv.ops.deform_conv", False), ("torchvision.ops", True)]
 )
 def test_offsets_of_deformable_convolutions(module: str, offset_bias: bool) -> None:
-    """mmengine decays the offset biases of mmcv's own deformable convolutions, and of no namesake."""
+    """mmengine decays the offset biases of mmcv's own deformable convolutions, and of no
+    namesake.
+    """
     deformable = type("ModulatedDeformConv2d", (Bag,), {"__module__": module})
     pack = type("ModulatedDeformConv2dPack", (deformable,), {})
     model = nn.ModuleDict({"dcn": pack(conv_offset=nn.Conv2d(2, 2, 1), bias=(2,))})
@@ -246,14 +261,18 @@ def test_reasons_say_which_exception() -> None:
     assert reasons["nanogpt"]["embed.weight"] == "recipe nanogpt: no exception for it"
 
 
-# ------------------------------------------------------------------------------------ against the originals
+# ------------------------------------------------------------------------------------ against the o
 
 MORE = {
-    "torchvision": """alexnet convnext_base densenet121 efficientnet_v2_s fcn_resnet50 fcos_resnet50_fpn inception_v3
-        keypointrcnn_resnet50_fpn lraspp_mobilenet_v3_large maskrcnn_resnet50_fpn_v2 mc3_18 mnasnet0_5 mobilenet_v2
-        mvit_v1_b r2plus1d_18 resnet50 resnext50_32x4d retinanet_resnet50_fpn_v2 s3d shufflenet_v2_x0_5 squeezenet1_0
+    "torchvision": """alexnet convnext_base densenet121 efficientnet_v2_s fcn_resnet50
+        fcos_resnet50_fpn inception_v3
+        keypointrcnn_resnet50_fpn lraspp_mobilenet_v3_large maskrcnn_resnet50_fpn_v2 mc3_18
+        mnasnet0_5 mobilenet_v2
+        mvit_v1_b r2plus1d_18 resnet50 resnext50_32x4d retinanet_resnet50_fpn_v2 s3d
+        shufflenet_v2_x0_5 squeezenet1_0
         ssdlite320_mobilenet_v3_large swin3d_t swin_t vgg11_bn vit_b_32 wide_resnet50_2""",
-    "timm": """csatv2 darknet53 deit3_base_patch16_224 dla34 dpn68 fbnetc_100 hrnet_w18_small legacy_seresnet18 resnet18
+    "timm": """csatv2 darknet53 deit3_base_patch16_224 dla34 dpn68 fbnetc_100 hrnet_w18_small
+        legacy_seresnet18 resnet18
         vit_tiny_patch16_224 xcit_nano_12_p16_224 swin_tiny_patch4_window7_224 convnextv2_atto""",
 }
 REAL = {

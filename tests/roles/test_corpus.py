@@ -1,7 +1,9 @@
-"""The truth about real architectures: what their forward pass does with each parameter, against our verdict.
+"""The truth about real architectures: what their forward pass does with each parameter, against our
+verdict.
 
-`support/data/truth.jsonl.gz` was traced from the forward pass, not read off names. `eligible` must be decayed, `exempt`
-must not; `policy` (tokens and positions) may go either way, and `unknown` is not scored.
+`support/data/truth.jsonl.gz` was traced from the forward pass, not read off names. `eligible` must
+be decayed, `exempt` must not; `policy` (tokens and positions) may go either way, and `unknown` is
+not scored.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ MARKED = {
     ("timm", "coatnet_rmlp_nano_rw_224"): r"\.rel_pos\.mlp\.fc\d\.weight$",
     ("timm", "swinv2_tiny_window8_256"): r"\.cpb_mlp\.\d\.weight$",
 }
-"""Matrices that the model's own no_weight_decay() lists: what its author says outranks what they do."""
+"""Matrices that the model's own no_weight_decay() lists: what its author says outranks what they
+do.
+"""
 
 
 _DIGITS = re.compile(r"(?<!original)\d+")
@@ -47,7 +51,9 @@ class Truth:
             self._rows.setdefault((owner, _bare(local), ndim), []).append((verdict, names))
 
     def verdict(self, owner: nn.Module, local: str, name: str, ndim: int) -> str | None:
-        """What the forward pass said, or None where this version has a parameter that was not there."""
+        """What the forward pass said, or None where this version has a parameter that was not
+        there.
+        """
         kind = f"{type(owner).__module__}.{type(owner).__qualname__}"
         rows = self._rows.get((kind, _bare(local), ndim), [])
         named = [verdict for verdict, names in rows if name in names or _bare(name) in names]
@@ -112,7 +118,9 @@ def test_plan_changes_nothing(library: str, name: str) -> None:
 
 
 def test_plan_changes_no_number() -> None:
-    """On a model with real numbers: every value and version counter stays, spectral norm included."""
+    """On a model with real numbers: every value and version counter stays, spectral norm
+    included.
+    """
     model = nn.Sequential(
         nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
         nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
@@ -128,7 +136,9 @@ def test_plan_changes_no_number() -> None:
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Identity, version and flags of every tensor, and the attributes of every module and parameter."""
+    """Identity, version and flags of every tensor, and the attributes of every module and
+    parameter.
+    """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {
         "tensors": [
@@ -196,7 +206,8 @@ torch.set_num_threads(1)
 decided = lambda model: {name: d.eligible for name, d in wdhook.plan(model, 1.0).items()}
 scores, info = check.run({"wdhook": decided}, quick=True)
 score = scores["wdhook"]
-kinds = [[kind, owner, local, case["ex"][1]] for (kind, _, owner, local, *_), case in score.cases.items()]
+cases = score.cases.items()
+kinds = [[kind, owner, local, case["ex"][1]] for (kind, _, owner, local, *_), case in cases]
 errors = [error for _, error in score.err if error != "build"]
 models = sum(count for (_, what), count in score.c.items() if what == "models")
 print(json.dumps({"kinds": kinds, "errors": errors, "models": models}))
@@ -204,7 +215,9 @@ print(json.dumps({"kinds": kinds, "errors": errors, "models": models}))
 
 
 def test_the_whole_quick_check() -> None:
-    """Where the full corpus is at hand, its quick part finds no mistake but in what authors list themselves."""
+    """Where the full corpus is at hand, its quick part finds no mistake but in what authors list
+    themselves.
+    """
     beside = ROOT.parent / "shared" / "roles"
     roles = Path(os.environ.get("WDHOOK_ROLES", beside))
     if not (roles / "check.py").exists():

@@ -51,7 +51,9 @@ def exempt(model: nn.Module) -> set[str]:
     "listed", [{"mix"}, ["mix"], ("mix",), {"mix": 0}, "mix", {"m?x"}, ["mi*", "nothing"]]
 )
 def test_no_weight_decay_lists(listed: Any) -> None:
-    """A set, list, dict, lone name or glob exempts exactly what it names; the reason says who listed it."""
+    """A set, list, dict, lone name or glob exempts exactly what it names; the reason says who
+    listed it.
+    """
     model = nn.Sequential(Listing(listed))
     assert exempt(model) == {"0.mix"}
     assert classify(model)["0.mix"].reason == "listed by 0.no_weight_decay()"
@@ -108,7 +110,9 @@ def test_keywords_are_substrings_of_the_name_below() -> None:
     "prefix", ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
 )
 def test_wrapper_prefixes_do_not_hide_names(prefix: str) -> None:
-    """A list made for the bare model still matches when a layer is wrapped; keys stay as they are."""
+    """A list made for the bare model still matches when a layer is wrapped; keys stay as
+    they are.
+    """
     model = Listing({"inner.mix"})
     wrapper = nn.Module()
     wrapper.add_module(prefix, Attention())
@@ -198,11 +202,13 @@ def test_marks_outrank_guesses() -> None:
     assert not classify(model)["u"].guess
 
 
-# ------------------------------------------------------------------------------------------- wdhook_role
+# ------------------------------------------------------------------------------------------- wdhook
 
 
 class House(nn.Module):
-    """A layer of nobody's family: without a mark its matrix is decayed and its vector is a guess."""
+    """A layer of nobody's family: without a mark its matrix is decayed and its vector is a
+    guess.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +230,9 @@ UNMARKED = ["weight", "other", "weight", "weight", "weight", "weight", "bias"]
 
 @pytest.mark.parametrize("role", [*Role, *map(str, Role)])
 def test_wdhook_role_speaks_for_a_modules_own_parameters(house_with: Any, role: Any) -> None:
-    """A role as a class attribute holds for all that the module holds itself, in containers too, not below it."""
+    """A role as a class attribute holds for all that the module holds itself, in containers too,
+    not below it.
+    """
     verdicts = classify(house_with(role))
     assert [str(verdict.role) for verdict in verdicts.values()] == [str(role)] * 5 + [
         "weight",
@@ -247,7 +255,9 @@ def test_wdhook_role_speaks_for_a_modules_own_parameters(house_with: Any, role: 
     ],
 )
 def test_wdhook_role_for_each_name(house_with: Any, mark: Any, changed: dict[str, str]) -> None:
-    """A mapping speaks of the names that it has; the rest is decided as without it, and may be absent."""
+    """A mapping speaks of the names that it has; the rest is decided as without it, and may be
+    absent.
+    """
     expected = dict(zip(classify(House()), UNMARKED, strict=True)) | changed
     assert {
         name: str(verdict.role) for name, verdict in classify(house_with(mark)).items()
@@ -255,14 +265,18 @@ def test_wdhook_role_for_each_name(house_with: Any, mark: Any, changed: dict[str
 
 
 def test_wdhook_role_outranks_type_and_name() -> None:
-    """It is what the author says: a sub-class of nn.Linear may be an embedding, a `weight` a norm."""
+    """It is what the author says: a sub-class of nn.Linear may be an embedding, a `weight`
+    a norm.
+    """
     table = type("Table", (nn.Linear,), {"wdhook_role": {"weight": "embedding"}})(2, 2)
     assert [verdict.role for verdict in classify(table).values()] == [Role.EMBEDDING, Role.BIAS]
     assert wdhook.plan(table, 0.5, overrides={Role.EMBEDDING: 0.1})["weight"].weight_decay == 0.1
 
 
 def test_wdhook_role_is_inherited_and_undone() -> None:
-    """Sub-classes have it, None in a sub-class takes it back, and so does deleting the attribute."""
+    """Sub-classes have it, None in a sub-class takes it back, and so does deleting the
+    attribute.
+    """
     first = type("First", (House,), {"wdhook_role": "scale"})
     second = type("Second", (first,), {})
     third = type("Third", (second,), {"wdhook_role": None})
@@ -282,7 +296,9 @@ def test_wdhook_role_on_one_module() -> None:
 
 
 def test_wdhook_role_and_how_much() -> None:
-    """A mark that says how much, or that a tensor is no array of numbers, comes on top of a role."""
+    """A mark that says how much, or that a tensor is no array of numbers, comes on top of a
+    role.
+    """
     model = type("Keys", (nn.Linear,), {"wdhook_role": "weight"})(2, 2)
     model.weight._no_weight_decay = True
     model.bias = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
@@ -292,7 +308,9 @@ def test_wdhook_role_and_how_much() -> None:
 
 
 def test_wdhook_role_and_parametrizations() -> None:
-    """The mark on a layer still holds when its weight is parametrized; a magnitude stays a scale."""
+    """The mark on a layer still holds when its weight is parametrized; a magnitude stays a
+    scale.
+    """
     layer = type("Table", (nn.Linear,), {"wdhook_role": {"weight": "embedding"}})(2, 2)
     nn.utils.parametrizations.weight_norm(layer)
     assert [str(v.role) for v in classify(layer).values()] == ["bias", "scale", "embedding"]

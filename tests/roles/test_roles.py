@@ -1,4 +1,6 @@
-"""The classifier: torch's own layers, families, names, structure, shape, and what must not sway them."""
+"""The classifier: torch's own layers, families, names, structure, shape, and what must not sway
+them.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def roles(model: nn.Module) -> dict[str, str]:
 
 
 def holder(class_name: str, **parameters: object) -> nn.Module:
-    """A module of a new class with that name; a tuple becomes a parameter of that shape, a module a child."""
+    """A module of a new class with that name; a tuple becomes a parameter of that shape, a module a
+    child.
+    """
     module = type(class_name, (nn.Module,), {})()
     for name, value in parameters.items():
         setattr(
@@ -145,14 +149,18 @@ def test_old_weight_norm_has_a_magnitude() -> None:
 
 
 def test_g_without_v_is_no_magnitude() -> None:
-    """A `w_g` with no `w_v` beside it is a projection onto one number, not a weight norm's magnitude."""
+    """A `w_g` with no `w_v` beside it is a projection onto one number, not a weight norm's
+    magnitude.
+    """
     assert roles(holder("Attention", w_g=(8, 1))) == {"w_g": "weight"}
     assert roles(holder("Attention", w_g=(8, 1), w_v=(8, 4))) == {"w_g": "scale", "w_v": "weight"}
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning", "ignore:.*weight_norm is deprecated")
 def test_every_torch_layer_with_parameters_is_in_the_table() -> None:
-    """No parameter-holding leaf class of torch.nn is forgotten; the sequence layers are made of these."""
+    """No parameter-holding leaf class of torch.nn is forgotten; the sequence layers are made of
+    these.
+    """
     made = {type(module) for make, _ in TORCH_LAYERS.values() for module in make().modules()}
     known = {cls.__name__ for cls in made} | {"Conv2d", "Conv1d", "Conv3d", "Linear"}
     abstract = {"Container", "Module", "RNNBase", "RNNCellBase", "ParameterList", "ParameterDict"}
@@ -274,8 +282,10 @@ NAMES: dict[str, str] = {
     "attention_biases": "position",
     "logit_scale": "scale", "temperature": "scale", "lambda_1": "scale", "gamma_xca": "scale",
     "layer_scale": "scale",
-    "r_w_bias": "bias", "e_score_correction_bias": "bias", "sinks": "bias", "scale_shift_table": "bias",
-    "gate": "weight", "lora_A": "weight", "time_maa_w1": "weight", "kernel": "weight", "w1": "weight",
+    "r_w_bias": "bias", "e_score_correction_bias": "bias", "sinks": "bias",
+    "scale_shift_table": "bias",
+    "gate": "weight", "lora_A": "weight", "time_maa_w1": "weight", "kernel": "weight",
+    "w1": "weight",
     "spline_weight": "weight", "dynamic_alpha_fn": "weight", "mm_input_projection_weight": "weight",
     "codebook": "embedding", "word_embeddings": "embedding",
 }  # fmt: skip
@@ -283,13 +293,17 @@ NAMES: dict[str, str] = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_of_matrices(name: str) -> None:
-    """A matrix in a module that says nothing is known by its own name: its last word with a meaning."""
+    """A matrix in a module that says nothing is known by its own name: its last word with a
+    meaning.
+    """
     assert roles(holder("Mixer", **{name: (4, 8)})) == {name: NAMES[name]}
 
 
 @pytest.mark.parametrize("name", ["gate", "weight", "skip", "cross_attn_gate", "mystery"])
 def test_vectors_of_unknown_owners_are_exempt_guesses(name: str) -> None:
-    """A vector in a module that says nothing is exempt and calls itself a guess; the matrix twin decays."""
+    """A vector in a module that says nothing is exempt and calls itself a guess; the matrix twin
+    decays.
+    """
     (vector,) = classify(holder("Thing", **{name: (1, 1, 8)})).values()
     assert not vector.decayed
     assert vector.guess
@@ -313,7 +327,9 @@ def test_shape_is_the_last_resort() -> None:
 
 
 def test_eps_and_vectors_make_a_norm() -> None:
-    """An eps and only vectors make a norm under any name; with a matrix, or without the eps, they do not."""
+    """An eps and only vectors make a norm under any name; with a matrix, or without the eps, they
+    do not.
+    """
     module = holder("Thing", scaling_vector=(1, 8), u=(8,))
     module.eps = 1e-6
     assert roles(module)["u"] == "norm"
@@ -323,7 +339,9 @@ def test_eps_and_vectors_make_a_norm() -> None:
 
 
 def test_type_outranks_shape_of_a_shard() -> None:
-    """A flat shard of a linear weight or an expert stays a weight, one of a norm over two axes a norm."""
+    """A flat shard of a linear weight or an expert stays a weight, one of a norm over two axes a
+    norm.
+    """
     linear, norm = nn.Linear(4, 4), nn.LayerNorm([4, 4])
     experts = holder("Experts", w1=(2, 4, 4), down_proj=(2, 4, 4))
     model = nn.ModuleList([linear, norm, experts])
@@ -399,7 +417,9 @@ def test_strictest_owner_wins() -> None:
 
 
 def test_containers_give_their_name() -> None:
-    """What lies in a ParameterList or ParameterDict is named after it, also through a ModuleList."""
+    """What lies in a ParameterList or ParameterDict is named after it, also through a
+    ModuleList.
+    """
     model = nn.Module()
     model.gammas = nn.ParameterList([nn.Parameter(torch.zeros(4, 8))])
     model.lora_A = nn.ParameterDict({"default": nn.Parameter(torch.zeros(1, 8))})
@@ -442,7 +462,9 @@ def test_scripted_modules_keep_their_roles() -> None:
 
 
 def test_peft_layers() -> None:
-    """LoRA's A and B are weights at any rank; AdaLoRA's singular values and DoRA's magnitude are not."""
+    """LoRA's A and B are weights at any rank; AdaLoRA's singular values and DoRA's magnitude are
+    not.
+    """
     layer = holder("LoraLinear", lora_A=nn.ModuleDict({"default": nn.Linear(4, 1, bias=False)}))
     layer.magnitude = nn.ModuleDict({"default": holder("DoraLinearLayer", weight=(8,))})
     adaptive = holder("SVDLinear", lora_A=nn.ParameterDict(), lora_E=nn.ParameterDict())
@@ -458,7 +480,9 @@ def test_peft_layers() -> None:
 
 
 def test_names_and_order_are_those_of_the_model() -> None:
-    """The keys are exactly `named_parameters()`, in its order, the root's own parameters included."""
+    """The keys are exactly `named_parameters()`, in its order, the root's own parameters
+    included.
+    """
     model = nn.Transformer(8, 2, 1, 1, 8, batch_first=True)
     model.register_parameter("scale", nn.Parameter(torch.ones(())))
     model.register_parameter("absent", None)
@@ -481,7 +505,9 @@ def test_classify_is_pure() -> None:
 
 
 def test_same_class_name_different_children() -> None:
-    """What is remembered of one module is not carried over to a namesake that is built differently."""
+    """What is remembered of one module is not carried over to a namesake that is built
+    differently.
+    """
     whole = holder("TokenNorm", table=(4, 8))
     hybrid = type(whole)()
     hybrid.table, hybrid.inner = nn.Parameter(torch.zeros(4, 8)), nn.Linear(2, 2)
@@ -496,8 +522,10 @@ def test_same_class_name_different_children() -> None:
         ("rmsnorm", Family.NORM),
         ("LayerNormLinear", Family.WEIGHT), ("TopkRouter", Family.WEIGHT),
         ("NormMlpClassifierHead", Family.WEIGHT),
-        ("NormFreeBlock", Family.COMPOSITE), ("GPTNeoXLayer", Family.COMPOSITE), ("Net", Family.COMPOSITE),
-        ("LearnedPositionalEmbedding", Family.EMBEDDING), ("Snake1d", Family.SCALE), ("Generator", None),
+        ("NormFreeBlock", Family.COMPOSITE), ("GPTNeoXLayer", Family.COMPOSITE), ("Net",
+        Family.COMPOSITE),
+        ("LearnedPositionalEmbedding", Family.EMBEDDING), ("Snake1d", Family.SCALE),
+        ("Generator", None),
     ],
 )  # fmt: skip
 def test_class_names_are_read_from_the_end(class_name: str, family: Family | None) -> None:

@@ -1,4 +1,4 @@
-"""Reading the numbers that users give."""
+"""Checks the numbers that users give."""
 
 from __future__ import annotations
 
@@ -10,21 +10,32 @@ from .errors import ArgumentError
 
 
 def check_factor(value: object, argument: str = "weight_decay") -> float:
-    """`value` as a float.
+    """Return `value` as a float.
 
     Raises:
         ArgumentError: it is negative, not finite or not a number.
     """
     if not is_number(value):
-        raise ArgumentError(
-            f"`{argument}` must be a number.\n  got: {value!r} ({type(value).__name__})"
-        )
-    λ = float(value)
+        kind = type(value).__name__
+        raise ArgumentError(f"`{argument}` must be a number.\n  got: {value!r} ({kind})")
+    try:
+        λ = float(value)
+    except OverflowError:  # an integer or a fraction beyond the range of a float
+        λ = math.inf
     if not (math.isfinite(λ) and λ >= 0):
-        raise ArgumentError(f"`{argument}` must be finite and not negative.\n  got: {value!r}")
+        raise ArgumentError(
+            f"`{argument}` must be finite and not negative.\n  got: {_shortened(value)}"
+        )
     return λ
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is a real number (of numpy's, too), and not a truth value."""
+    """Tell a real number (of numpy, too) from a truth value and other objects."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _shortened(value: object) -> str:
+    """The value as text; Python refuses to print integers of many thousand digits."""
+    if isinstance(value, int) and value.bit_length() > 1024:
+        return f"an integer of {value.bit_length()} bits, beyond the range of a float"
+    return repr(value)

@@ -16,6 +16,7 @@ from .._base.validate import check_factor, is_number
 from .._plan.decide import plan
 from .._plan.overrides import Overrides
 from .._plan.plan import Plan
+from .._roles.places import named_parameters
 from ..schedules import Schedule
 from .formulas import FORMULAS, Formula, compose
 from .optimizers import (
@@ -163,22 +164,29 @@ def check_adopt(model: object, optimizer: Any) -> None:
 
 
 def ready_plan(
-    model: nn.Module, weight_decay: float | Plan, overrides: Overrides | None, recipe: str | None
+    model: nn.Module,
+    weight_decay: float | Plan,
+    overrides: Overrides | None,
+    recipe: str | None,
+    inputs: Any | None,
 ) -> Plan:
+    """The plan that was given, or the one that is made of the arguments."""
     if not isinstance(weight_decay, Plan):
-        return plan(model, weight_decay, overrides=overrides, recipe=recipe)
-    if overrides is not None or recipe is not None:
+        return plan(model, weight_decay, overrides=overrides, recipe=recipe, inputs=inputs)
+    if overrides is not None or recipe is not None or inputs is not None:
         raise ArgumentError(
-            "A ready plan has its `overrides` and `recipe` in it already: give them to wdhook.plan instead"
+            "A ready plan has its `overrides`, `recipe` and `inputs` in it already: give them to "
+            "wdhook.plan instead"
         )
-    names = dict(model.named_parameters())
+    names = {name for name, _ in named_parameters(model)}
     unknown = [
         name for name in (*names, *weight_decay) if (name in names) != (name in weight_decay)
     ]
     if unknown:
+        more = ", ..." if len(unknown) > 5 else ""
         raise ArgumentError(
             "The plan is not one of this model.\n"
-            f"  names that only one of them has: {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}"
+            f"  names that only one of them has: {', '.join(unknown[:5])}{more}"
         )
     return weight_decay
 

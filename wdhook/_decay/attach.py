@@ -47,6 +47,7 @@ def attach(
     scaler: Any | None = None,
     overrides: Overrides | None = None,
     recipe: str | None = None,
+    inputs: Any | None = None,
     foreach: bool | None = None,
     low_precision: LowPrecision | None = None,
     cautious: bool = False,
@@ -81,6 +82,7 @@ def attach(
         scaler: the ``GradScaler``, where coupled decay at ``"backward"`` meets a scaled loss.
         overrides: see `plan`.
         recipe: see `plan`.
+        inputs: example inputs, to settle the guesses of the plan by an audit; see `plan`.
         foreach: as in ``torch.optim``, for the pass at the step: None chooses, True forces the
             foreach implementation, False forbids it.
         low_precision: for parameters in bfloat16 and float16, where p·(1 − lr·λ) mostly rounds
@@ -117,7 +119,7 @@ def attach(
     formula = formula_of(mode, at, low_precision, cautious)
     schedule = weight_decay if callable(weight_decay) else None
     first = weight_decay(0) if callable(weight_decay) else weight_decay
-    ready = ready_plan(model, first, overrides, recipe)
+    ready = ready_plan(model, first, overrides, recipe, inputs)
     require_eligible(ready)
     optimizers = optimizers_of(optimizer)
     check_lr(formula, at, optimizers, lr)

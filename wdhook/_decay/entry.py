@@ -27,6 +27,9 @@ class Peak:
         self.value = value
 
 
+_NO_PEAK = Peak()  # of all parameters whose optimizer is not known; nothing is noted in it
+
+
 class Receipt:
     """What several parameters were decayed with.
 
@@ -45,6 +48,21 @@ class Receipt:
 
 
 _NOTHING = Receipt(0.0)
+
+
+class Progress:
+    """How far a parameter has come: more than its optimizers know, which may be made anew.
+
+    Attributes:
+        peak: the largest learning rate so far.
+        clock: counts the steps of its optimizer.
+    """
+
+    __slots__ = ("clock", "peak")
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.peak = _NO_PEAK
 
 
 class Terms:
@@ -114,14 +132,13 @@ def _group(place: Place | None) -> tuple[Any, dict[str, Any]] | None:
 class Entry(Window):
     """One decayed parameter: its window, its λ, and what its formula remembers.
 
-    A hook on the parameter owns the entry, which dies with the parameter. An entry does not refer
-    to its parameter,
-    not even weakly: `torch.utils.swap_tensors` refuses tensors with weak references.
+    A hook on the parameter owns the entry, which dies with the parameter; at "step", the optimizers own it. An entry
+    does not refer to its parameter, not even weakly: `torch.utils.swap_tensors` refuses tensors with weak references.
 
     Attributes:
         name: of the parameter, in the model.
         own: an absolute λ; None where λ is the handle's.
-        peak: the largest learning rate so far.
+        progress: what outlives the entry.
         receipt: what the last payment was made with.
         terms: numbers shared with other parameters.
         handle: of the hook; None where there is none.
@@ -129,7 +146,7 @@ class Entry(Window):
             nothing.
     """
 
-    __slots__ = ("handle", "memo", "name", "own", "peak", "receipt", "terms")
+    __slots__ = ("handle", "memo", "name", "own", "progress", "receipt", "terms")
 
     terms: Terms
 
@@ -137,7 +154,7 @@ class Entry(Window):
         super().__init__(clock)
         self.name = name
         self.own = own
-        self.peak = Peak()
+        self.progress = Progress(clock)
         self.receipt = _NOTHING
         self.handle: RemovableHandle | None = None
         self.memo: Memo | None = None
@@ -146,6 +163,25 @@ class Entry(Window):
     def weight_decay(self) -> float:
         """λ of the next step."""
         return self.clock.weight_decay if self.own is None else self.own
+
+    @property
+    def peak(self) -> Peak:
+        """The largest learning rate so far."""
+        return self.progress.peak
+
+    @peak.setter
+    def peak(self, peak: Peak) -> None:
+        self.progress.peak = peak
+
+    def move(self, clock: Clock) -> None:
+        """Let another optimizer close this window from now on."""
+        super().move(clock)
+        self.progress.clock = clock
+
+    def resume(self, progress: Progress) -> None:
+        """Go on where the parameter was, or the one that it has replaced."""
+        self.progress = progress
+        self.clock = progress.clock
 
 
 Pair = tuple[Tensor, Entry]

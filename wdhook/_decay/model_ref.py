@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from .._roles.places import walk
+
 
 class ModelRef:
     """Weak reference to a model. If the model dies first, refers to its surviving modules.
@@ -18,7 +20,7 @@ class ModelRef:
         self._root = weakref.ref(model)
         self._died = died  # called when the last module is gone
         forget = self._forget
-        named = dict(model.named_modules())
+        named = {path: module for path, module, repeated in walk(model) if not repeated}
         self._paths = "\0".join(named)  # one string: most are never needed, and short
         self._modules = [weakref.ref(module, forget) for module in named.values()]
         self._living = len(self._modules)

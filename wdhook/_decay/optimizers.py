@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from .._base.errors import LearningRateError, UnsupportedOptimizerError
 from .._base.problem import Problem
+from .._base.torch_private import COMPILED_FROM
 from .tensors import Number
 
 _SEQUENCES = {"z", "x0", "x_k"}  # of ScheduleFree and FTRL; MADGRAD and dual averaging; A2Grad
@@ -175,26 +177,20 @@ def _leads_to_class(step: Any, optimizer: Optimizer, depth: int = 4) -> bool:
 
     Followed through ``__wrapped__``, bound methods, partials and the cells of closures.
     """
-    if depth == 0:
+    if depth == 0 or not (callable(step) or step is optimizer):
         return False
-    if getattr(step, "hooked", False):
+    if getattr(step, "hooked", False) or step is type(optimizer).step or step is optimizer:
         return True
-    if step is type(optimizer).step or step is optimizer:
-        return True
-    inside = [
-        getattr(step, name, None)
-        for name in ("__wrapped__", "__func__", "func", "_torchdynamo_orig_callable")
-    ]
-    cells = getattr(step, "__closure__", None) or ()
-    for cell in cells:
-        try:
-            inside.append(cell.cell_contents)
-        except ValueError:  # an empty cell
-            continue
-    if not callable(step):
-        return False
-    known = (value for value in inside if callable(value) or value is optimizer)
-    return any(_leads_to_class(value, optimizer, depth - 1) for value in known)
+    return any(_leads_to_class(value, optimizer, depth - 1) for value in _wrapped_by(step))
+
+
+def _wrapped_by(step: Any) -> Iterator[Any]:
+    """What a function wraps: by attribute, or in the cells of a closure."""
+    for name in ("__wrapped__", "__func__", "func", COMPILED_FROM):
+        yield getattr(step, name, None)
+    for cell in getattr(step, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty cell
+            yield cell.cell_contents
 
 
 def is_capturable(known: tuple[Any, Mapping[str, Any]] | None) -> bool:

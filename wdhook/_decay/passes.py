@@ -82,7 +82,7 @@ class Sentinel:
     """A hook on one of a few parameters, where decay waits for a step: notices that none is
     announced."""
 
-    __slots__ = ("handle", "name", "unannounced")
+    __slots__ = ("__weakref__", "handle", "name", "unannounced")
 
     def __init__(self, name: str, unannounced: Unannounced) -> None:
         self.name = name
@@ -112,9 +112,7 @@ class Passes:
         self._witness = Witness(state, rules)
         self._sentinels: list[Sentinel] = []
         self._steps_in_hooks: bool | None = None  # once looked for
-        self._first: tuple[Tensor, int] | None = (
-            None  # the first parameter of the pass, and its version
-        )
+        self._first: tuple[Tensor, int] | None = None  # in the pass, with its version
         self.notes: dict[int, list[Note]] = {}
         self.others = True
         self.unannounced = Unannounced(state, rules)
@@ -137,6 +135,7 @@ class Passes:
 
     def dismiss(self) -> None:
         """Remove the sentinels: a step was announced, or the handle is closed."""
+        self.unannounced.forget()
         while self._sentinels:
             self._sentinels.pop().handle.remove()
 
@@ -171,25 +170,36 @@ class Passes:
         grad = param.grad
         if grad is None:
             return
-        evidence = hook.when_gradient_comes(grad, in_buckets=is_distributed())
-        in_gradient = self._state.config.in_gradient
+        evidence = hook.when_gradient_comes(
+            grad, in_buckets=is_distributed(), out_of_place=torch.is_grad_enabled()
+        )
         answer = self._table(hook)[evidence]
-        zeroed = answer is Answer.ASK and self._witness.says_zeroed(hook, grad)
-        if answer is Answer.PAY or zeroed:
-            if hook.rows is not None and not grad.is_sparse:
-                self._tell("sparse-then-dense", hook)
-            no_graph = torch.is_grad_enabled() and not grad.requires_grad
-            if evidence is Evidence.FRESH and in_gradient and no_graph:
-                self._tell("sums-without-graph", hook)
-            hook.reopen(zeroed_in_place=zeroed)
+        if answer is Answer.ASK and self._witness.says_zeroed(hook, grad):
+            self._reopen(hook, grad, zeroed_in_place=True)
+        elif answer is Answer.PAY:
+            self._reopen(hook, grad, zeroed_in_place=False)
         elif answer is Answer.REFUSE:
             hook.doubt()
-        elif in_gradient:
-            hook.look(grad)  # now: a pass that raises has no end
-            if answer is Answer.ASK and _is_change_by_user(hook, grad):
-                self._tell("changed-between", hook)
         else:
+            self._keep(hook, grad, changed=answer is Answer.ASK)
+
+    def _reopen(self, hook: Hook, grad: Tensor, zeroed_in_place: bool) -> None:
+        """The decay of this window is gone, and is due again."""
+        if hook.rows is not None and not grad.is_sparse:
+            self._tell("sparse-then-dense", hook)
+        no_graph = torch.is_grad_enabled() and not grad.requires_grad
+        if no_graph and self._state.config.in_gradient and not zeroed_in_place:
+            self._tell("sums-without-graph", hook)
+        hook.reopen(zeroed_in_place)
+
+    def _keep(self, hook: Hook, grad: Tensor, changed: bool) -> None:
+        """The decay of this window is there."""
+        if not self._state.config.in_gradient:
             self._tell("second-gradient", hook)
+            return
+        hook.look(grad)  # now: a pass that raises has no end
+        if changed and _is_change_by_user(hook, grad):
+            self._tell("changed-between", hook)
 
     def _table(self, hook: Hook) -> dict[Evidence, Answer]:
         if self._state.config.in_gradient:
@@ -220,9 +230,9 @@ class Passes:
             self.pay([notes.pop()])
 
     def forget(self) -> None:
-        """Forget the notes of passes that raised: no pass runs while an optimizer of another
-        thread steps."""
-        self.notes.clear()
+        """Forget the notes of passes that raised, where no pass runs in this thread."""
+        if graph_task_id() < 0:
+            self.notes.clear()
 
     def pay(self, notes: list[Note]) -> None:
         """Pay for noted parameters whose gradient is there and holds no decay."""

@@ -7,6 +7,8 @@ parameter, a loop without torch.optim does.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -29,19 +31,21 @@ class Unannounced:
     def __init__(self, state: State, rules: Rules) -> None:
         self._state = state
         self._rules = rules
-        self._asked: Named | None = None  # the first of the pass that runs
-        self._who: Named | None = None
+        self._asked: Callable[[], Named | None] = (
+            _nobody  # weak reference to the first of the pass that runs
+        )
+        self._who: Callable[[], Named | None] = _nobody  # and to the one whose values are kept
         self._head: Tensor | None = None
         self._version = 0
         self._moves = 0
 
     def look(self, who: Named, param: Tensor) -> None:
         """Close every window if the parameter has moved since it was remembered."""
-        self._asked = who
+        self._asked = weakref.ref(who)
         clock = getattr(who, "clock", None)
         if clock is not None and not clock.announced:
             return  # given, and known not to announce: its fresh gradients tell
-        if self._state.announced or who is not self._who or self._head is None:
+        if self._state.announced or who is not self._who() or self._head is None:
             return
         moved = version(param) != self._version or not torch.equal(_head(param), self._head)
         if not moved:
@@ -53,13 +57,18 @@ class Unannounced:
         ):  # the first may be a weight loaded after a trial, or the first half of SAM
             self._rules.tell("unannounced-steps", Facts(self._state, who=who.name))
 
+    def forget(self) -> None:
+        """Forget the parameter, whose entry is to die with it."""
+        self._asked = self._who = _nobody
+        self._head = None
+
     def remember(self, who: Named, param: Tensor) -> None:
         """Keep some values of a parameter, as they are when wdhook is done with it in a pass."""
         if self._state.announced:
-            self._asked = self._who = self._head = None
-        if who is not self._asked or who is None:
+            self.forget()
+        if who is not self._asked():
             return
-        self._who = who
+        self._who = weakref.ref(who)
         self._version = version(param)
         self._head = _head(param).clone()
 
@@ -67,6 +76,10 @@ class Unannounced:
 def _head(param: Tensor) -> Tensor:
     local: Tensor = param.to_local() if hasattr(param, "to_local") else param
     return local.detach().flatten()[:_ELEMENTS]
+
+
+def _nobody() -> None:
+    return None
 
 
 _ELEMENTS = 64  # to compare: enough to see a step, cheap for any parameter

@@ -1,4 +1,4 @@
-"""Decides which parameters are decayed: roles and the user's rules come in, an immutable `Plan` goes out.
+"""Decides what is decayed: roles and the user's rules come in, an immutable `Plan` goes out.
 
 It knows nothing of gradients, hooks or optimizers, and changes nothing.
 """

@@ -1,19 +1,22 @@
-"""Deciding: roles or a recipe, then overrides, make a `Plan`."""
+"""Decides: roles or a recipe, then overrides, make a `Plan`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from .._base.errors import ArgumentError, NothingToDecayError
-from .._base.validate import check_factor
-from .._roles.classifier import DECAYED_ROLES, Verdict, classified
+from .._roles.classifier import classify_model
+from .._roles.evidence import has_shape
 from .._roles.marks import bare_name, is_flattened
+from .._roles.places import named_parameters, places, walk
+from .._roles.verdict import DECAYED_ROLES, Verdict
 from .._roles.vocabulary import Role
+from .arguments import audit_with, check_audit, check_sources, check_weight_decay
 from .decision import Decision
 from .overrides import Candidate, Overrides, apply_overrides
 from .plan import Plan
@@ -29,6 +32,7 @@ def plan(
     overrides: Overrides | None = None,
     recipe: str | None = None,
     audit: Audit | None = None,
+    inputs: Any | None = None,
 ) -> Plan:
     """Decide which parameters of `model` are decayed. Pure: nothing is registered or changed.
 
@@ -36,12 +40,15 @@ def plan(
         model: any module; frozen, tied and lazy parameters are welcome.
         weight_decay: λ per optimizer step, finite and ≥ 0.
         overrides: ordered mapping from a selector to a λ. A selector is a `Role` or its string, a
-            glob on the full parameter name, a module class that owns the parameter, or a predicate
+            parameter name or a glob on it, a module class that owns the parameter, a module of
+            the model (all that lies in it), or a predicate
             ``f(name, module, parameter) -> bool``. A λ is absolute; 0.0 exempts, True means
             `weight_decay`. The last match wins.
         recipe: name of a known project's rule, used in place of wdhook's own.
-        audit: of this model, see `audit`. Roles are those that it has seen; marks and overrides still win, and so
-            does what types and names say where the audit saw nothing.
+        audit: of this model, see `audit`. Roles are those that the audit has seen. Marks and
+            overrides still win, and where the audit saw nothing, types and names decide.
+        inputs: example inputs, in place of `audit`: the model is audited on them. A tensor, a
+            tuple of arguments, or a mapping of arguments by name. The pass runs on copies.
 
     Returns:
         One `Decision` for each name that ``model.named_parameters()`` gives, in its order.
@@ -49,13 +56,18 @@ def plan(
     Raises:
         ArgumentError: an argument has no meaning.
         SelectorError: a selector matches nothing.
-        NothingToDecayError: FSDP has flattened parameters into one, of which no part can be decayed.
+        NothingToDecayError: FSDP has flattened parameters into one, which cannot be decayed in
+            part.
 
     >>> import torch, wdhook
     >>> plan = wdhook.plan(torch.nn.Linear(3, 2), 1e-4)
     >>> {name: decision.weight_decay for name, decision in plan.items()}
     {'weight': 0.0001, 'bias': 0.0}
     """
+    check_weight_decay(model, weight_decay)
+    check_sources(audit, inputs, recipe)
+    if inputs is not None:
+        audit = audit_with(model, inputs)
     return decide(model, weight_decay, overrides, recipe, strict=True, audit=audit)
 
 
@@ -67,28 +79,21 @@ def decide(
     strict: bool,
     audit: Audit | None = None,
 ) -> Plan:
-    """`plan`, where with `strict` False a selector may match nothing: the model was planned before, and changed."""
-    value = check_factor(weight_decay)
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"`model` must be a torch.nn.Module.\n  got: {type(model).__name__}")
+    """Make a plan; with `strict` False for a model that has changed since it was first planned.
+
+    A selector may then match nothing.
+    """
+    value = check_weight_decay(model, weight_decay)
     if audit is not None:
-        _check_audit(audit, model, recipe)
-    decisions = (
-        _follow_recipe(model, recipe, value)
-        if recipe is not None
-        else _follow_roles(model, value, audit)
-    )
+        check_audit(audit, model)
+    if recipe is None:
+        decisions = _follow_roles(model, value, audit)
+    else:
+        decisions = _follow_recipe(model, recipe, value)
     if overrides is not None:
-        candidates = list(_candidates(model, decisions))
-        for name, given, reason in apply_overrides(candidates, overrides, value, strict):
-            decisions[name] = replace(
-                decisions[name],
-                weight_decay=value if given is None else given,
-                reason=reason,
-                guess=False,
-                follows=given is None,
-            )
+        _override(model, decisions, overrides, value, strict)
     _refuse_flattened(model, decisions)
+    _refuse_overflow(model, decisions)
     return Plan(value, decisions, model)
 
 
@@ -99,6 +104,7 @@ def param_groups(
     overrides: Overrides | None = None,
     recipe: str | None = None,
     audit: Audit | None = None,
+    inputs: Any | None = None,
 ) -> list[dict[str, Any]]:
     """The same decision as optimizer groups, where the optimizer's own decay is the right one.
 
@@ -109,71 +115,24 @@ def param_groups(
     >>> [(group["weight_decay"], len(group["params"])) for group in groups]
     [(0.01, 1), (0.0, 1)]
     """
-    return plan(model, weight_decay, overrides=overrides, recipe=recipe, audit=audit).param_groups()
+    made = plan(model, weight_decay, overrides=overrides, recipe=recipe, audit=audit, inputs=inputs)
+    return made.param_groups()
 
 
 def require_eligible(plan: Plan) -> None:
     """Raise unless something in `plan` would ever be decayed."""
-    if not any(decision.eligible for decision in plan.values()):
-        roles = (
-            ", ".join(sorted({str(d.role) for d in plan.values()}))
-            or "none: the model has no parameters"
-        )
-        raise NothingToDecayError(
-            "The model has no eligible parameter, so there would be nothing to decay.\n"
-            f"  parameters: {len(plan)}\n  roles: {roles}\n"
-            '  Print wdhook.plan(model, λ) for the reasons; include more with overrides={"<glob>": True}'
-        )
+    if any(decision.eligible for decision in plan.values()):
+        return
+    roles = ", ".join(sorted({str(d.role) for d in plan.values()}))
+    raise NothingToDecayError(
+        "The model has no eligible parameter, so there would be nothing to decay.\n"
+        f"  parameters: {len(plan)}\n  roles: {roles or 'none: the model has no parameters'}\n"
+        "  Print wdhook.plan(model, λ) for the reasons; include more with "
+        'overrides={"<glob>": True}'
+    )
 
 
-def _refuse_flattened(model: nn.Module, decisions: Mapping[str, Decision]) -> None:
-    """Raise for a parameter that FSDP made of weights, biases and scales: it would not be decayed."""
-    suspects = {d.name for d in decisions.values() if d.role is Role.OTHER and not d.eligible}
-    for name, parameter in model.named_parameters() if suspects else ():
-        if name in suspects and is_flattened(parameter) and parameter.requires_grad:
-            raise NothingToDecayError(
-                "FSDP has flattened the parameters of a module into one: its weights cannot be told from its biases.\n"
-                f"  parameter: {name} {tuple(parameter.shape)}\n"
-                "  Use FullyShardedDataParallel(..., use_orig_params=True), or fully_shard(...). To decay the whole, "
-                'biases too: overrides={"*_flat_param": True} with at="step"'
-            )
-
-
-def _check_audit(audit: Audit, model: nn.Module, recipe: str | None) -> None:
-    from .._audit.report import Audit  # needed by few
-
-    if not isinstance(audit, Audit):
-        raise ArgumentError(
-            f"`audit` must be an Audit.\n  got: {type(audit).__name__}\n"
-            "  Make one: wdhook.audit(model, *inputs)"
-        )
-    if recipe is not None:
-        raise ArgumentError(
-            "`audit` and `recipe` both say which parameters are decayed.\n"
-            f"  recipe: {recipe}\n  Give one of them; Plan.diff shows what they decide differently"
-        )
-    # A shard or an uninitialized parameter does not have the shape of the whole.
-    shapes = {
-        name: tuple(parameter.shape)
-        for name, parameter in model.named_parameters()
-        if _is_whole(parameter)
-    }
-    differences = audit.differences(shapes) if shapes else []
-    if differences:
-        raise ArgumentError(
-            "`audit` is of another model: names or shapes of parameters differ.\n"
-            f"  of the audit: {', '.join(list(audit)[:3])}, ...\n"
-            f"  of the model: {', '.join(list(shapes)[:3])}, ...\n"
-            f"  first difference: {differences[0]}\n"
-            "  Make one of this model: wdhook.audit(model, *inputs)"
-        )
-
-
-def _is_whole(parameter: Any) -> bool:
-    """Tell a whole parameter from lazy ones and from the shards of FSDP and DeepSpeed."""
-    if is_lazy(parameter) or hasattr(parameter, "ds_shape"):
-        return False
-    return not (hasattr(parameter, "_fsdp_flattened") or is_flattened(parameter))
+# ------------------------------------------------------------------------------------- the sources
 
 
 def _follow_roles(
@@ -181,47 +140,131 @@ def _follow_roles(
 ) -> dict[str, Decision]:
     decisions = {}
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # most repeat, and a plan lives long
-    for name, parameter, verdict in classified(model):
-        if (
-            audit is not None
-            and not verdict.marked
-            and (seen := audit.traced_role(name)) is not None
-        ):
-            verdict = Verdict(seen[0], f"traced: {seen[1]}")
+    for found in classify_model(model):
+        name, parameter = found.name, found.parameter
+        verdict = found.verdict if audit is None else _traced(found.verdict, name, audit)
         follows = verdict.weight_decay is None and verdict.role in DECAYED_ROLES
-        λ = weight_decay if follows else verdict.weight_decay or 0.0
-        numel = 0 if is_lazy(parameter) else parameter.numel()
-        shape = () if is_lazy(parameter) else tuple(parameter.shape)
+        shape, numel = _size(parameter)
         shape = shapes.setdefault(shape, shape)
         decisions[name] = Decision(
-            name, verdict.role, λ, verdict.reason, shape, numel, verdict.guess, follows
+            name,
+            verdict.role,
+            weight_decay if follows else verdict.weight_decay or 0.0,
+            verdict.reason,
+            shape,
+            numel,
+            verdict.guess,
+            follows,
+            parameter.requires_grad,
+            found.aliases,
         )
     return decisions
 
 
-def _follow_recipe(model: nn.Module, recipe: str, weight_decay: float) -> dict[str, Decision]:
-    from .recipes import follow  # a layer of its own, needed by few
+def _size(parameter: torch.Tensor) -> tuple[tuple[int, ...], int]:
+    """Shape and number of elements; () and 0 for a lazy parameter."""
+    if not has_shape(parameter):
+        return (), 0
+    return tuple(parameter.shape), parameter.numel()
 
+
+def _traced(verdict: Verdict, name: str, audit: Audit) -> Verdict:
+    """The verdict of the audit, unless a mark outranks it or the audit saw nothing."""
+    seen = None if verdict.marked else audit.traced_role(name)
+    if seen is None:
+        return verdict
+    role, operation = seen
+    return Verdict(role, f"traced: {operation}")
+
+
+def _follow_recipe(model: nn.Module, recipe: str, weight_decay: float) -> dict[str, Decision]:
+    from .recipes import follow  # needed by few
+
+    decisions = {}
     decided = follow(model, recipe)
-    return {
-        name: replace(
+    for name, decision in _follow_roles(model, weight_decay).items():
+        decayed, reason = decided[name]
+        decisions[name] = replace(
             decision,
-            weight_decay=weight_decay if decided[name][0] else 0.0,
-            reason=decided[name][1],
+            weight_decay=weight_decay if decayed else 0.0,
+            reason=reason,
             guess=False,
-            follows=decided[name][0],
+            follows=decayed,
         )
-        for name, decision in _follow_roles(model, weight_decay).items()
-    }
+    return decisions
+
+
+def _override(
+    model: nn.Module,
+    decisions: dict[str, Decision],
+    overrides: Overrides,
+    weight_decay: float,
+    strict: bool,
+) -> None:
+    """Apply the user's rules to `decisions`, in place."""
+    candidates = list(_candidates(model, decisions))
+    for name, given, reason in apply_overrides(candidates, overrides, weight_decay, strict):
+        decisions[name] = replace(
+            decisions[name],
+            weight_decay=weight_decay if given is None else given,
+            reason=reason,
+            guess=False,
+            follows=given is None,
+        )
 
 
 def _candidates(model: nn.Module, decisions: Mapping[str, Decision]) -> Iterator[Candidate]:
-    """Every (parameter, alias): a tied parameter can be selected by each of its names."""
+    """Every name of every parameter: a tied parameter can be selected by each of its names."""
+    visits = walk(model)
+    modules = {path: module for path, module, _ in visits}
     first: dict[int, str] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for local, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            alias = f"{path}.{local}" if path else local
-            name = first.setdefault(id(parameter), alias)
-            yield Candidate(name, alias, bare_name(alias), decisions[name].role, module, parameter)
+    for place in places(visits):
+        name = first.setdefault(id(place.parameter), place.name)
+        yield Candidate(
+            name,
+            place.name,
+            bare_name(place.name),
+            decisions[name].role,
+            modules[place.path],
+            cast("nn.Parameter", place.parameter),
+        )
+
+
+# -------------------------------------------------------------------------------------- the checks
+
+
+def _refuse_flattened(model: nn.Module, decisions: Mapping[str, Decision]) -> None:
+    """Raise for a parameter that FSDP made of weights, biases and scales: it would not decay."""
+    suspects = {d.name for d in decisions.values() if d.role is Role.OTHER and not d.eligible}
+    if not suspects:
+        return
+    for name, parameter in named_parameters(model):
+        if name not in suspects or not parameter.requires_grad or not is_flattened(parameter):
+            continue
+        raise NothingToDecayError(
+            "FSDP has flattened the parameters of a module into one: its weights cannot be told "
+            "from its biases.\n"
+            f"  parameter: {name} {tuple(parameter.shape)}\n"
+            "  Use FullyShardedDataParallel(..., use_orig_params=True), or fully_shard(...). To "
+            'decay the whole, biases too: overrides={"*_flat_param": True} with at="step"'
+        )
+
+
+_LARGEST_OF_ALL_TYPES = torch.finfo(torch.float16).max
+
+
+def _refuse_overflow(model: nn.Module, decisions: Mapping[str, Decision]) -> None:
+    """Raise for a λ that is infinite in the type of its parameter."""
+    large = {d.name for d in decisions.values() if d.weight_decay > _LARGEST_OF_ALL_TYPES}
+    if not large:
+        return
+    for name, parameter in named_parameters(model):
+        λ = decisions[name].weight_decay
+        is_number = parameter.is_floating_point() or parameter.is_complex()
+        if name not in large or not is_number or λ <= torch.finfo(parameter.dtype).max:
+            continue
+        raise ArgumentError(
+            "`weight_decay` must be finite in the type of the parameter.\n"
+            f"  parameter: {name}\n  dtype: {parameter.dtype}\n  weight_decay: {λ:g}\n"
+            "  Give a smaller λ: usual ones are between 1e-6 and 1"
+        )

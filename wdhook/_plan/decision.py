@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .._roles.vocabulary import Role
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What happens to one parameter.
+    """The decision on one parameter.
 
     Attributes:
         name: full name in the model, as `named_parameters` gives it.
-        role: what the parameter is for.
+        role: the job of the parameter, see docs/which-parameters.md.
         weight_decay: λ per optimizer step; 0.0 exempts.
         reason: why, in a few words.
         shape: of the parameter; empty while a lazy parameter is uninitialized.
         numel: number of elements, 0 while uninitialized.
         guess: True where only the shape or a weak name spoke for the role.
-        follows: True where λ is the one given to `plan`, so that a schedule of λ moves it too; False
-            for exempt parameters and where an override or a mark gave an absolute λ.
+        follows: True where λ is the number given to `plan`, so that a schedule of λ moves it too;
+            False for exempt parameters and where an override or a mark gave an absolute λ.
+        trainable: whether the parameter required a gradient when the plan was made. A frozen
+            parameter keeps its decision, and is decayed from the first step that trains it.
+        aliases: further names of a tied parameter.
     """
 
     name: str
@@ -31,8 +35,25 @@ class Decision:
     numel: int
     guess: bool = False
     follows: bool = False
+    trainable: bool = True
+    aliases: tuple[str, ...] = ()
 
     @property
     def eligible(self) -> bool:
-        """Whether the parameter is decayed, now or later (a schedule may start at zero)."""
+        """True where the parameter is decayed, now or later (a schedule may start at zero)."""
         return self.follows or self.weight_decay > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The decision as plain data that ``json.dumps`` takes, with the attributes as keys."""
+        return {
+            "name": self.name,
+            "role": str(self.role),
+            "weight_decay": self.weight_decay,
+            "reason": self.reason,
+            "shape": list(self.shape),
+            "numel": self.numel,
+            "guess": self.guess,
+            "follows": self.follows,
+            "trainable": self.trainable,
+            "aliases": list(self.aliases),
+        }

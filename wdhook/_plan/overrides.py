@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -10,23 +11,28 @@ from torch import nn
 
 from .._base.errors import ArgumentError, SelectorError
 from .._base.validate import check_factor
-from .._roles.classifier import Role
+from .._roles.vocabulary import Role
 
 Predicate = Callable[[str, nn.Module, nn.Parameter], bool]
-Selector = Role | str | type | Predicate
+Selector = Role | str | type | nn.Module | Predicate
 Overrides = Mapping[Any, float | bool]
 """Selector → λ. (`Mapping` is invariant in its keys, hence `Any`; see `Selector`.)"""
+
+_ROLES = frozenset(str(role) for role in Role)
 
 
 class Candidate(NamedTuple):
     """One name of one parameter, as selectors see it."""
 
     name: str
-    alias: str  # differs from `name` for the second name of a tied parameter
-    bare: str  # `alias` without what wrappers put before it
+    alias: str  # differs from `name` for a further name of a tied parameter
+    bare: str  # `alias` without the prefixes of wrappers
     role: Role
     module: nn.Module
     parameter: nn.Parameter
+
+
+Test = Callable[[Candidate], bool]
 
 
 def apply_overrides(
@@ -35,7 +41,10 @@ def apply_overrides(
     """Yield (parameter name, λ or None for "as given", reason) in order: the last one wins.
 
     Args:
-        strict: whether a selector has to match something; not so in a model that changed since.
+        candidates: every name of every parameter.
+        overrides: see `wdhook.plan`.
+        weight_decay: λ as given.
+        strict: True where a selector that matches nothing is an error.
 
     Raises:
         ArgumentError: a selector or its λ has no meaning.
@@ -43,58 +52,97 @@ def apply_overrides(
     """
     if not isinstance(overrides, Mapping):
         raise ArgumentError(
-            f"`overrides` must be a mapping from a selector to a λ.\n  got: {type(overrides).__name__}\n"
+            "`overrides` must be a mapping from a selector to a λ.\n"
+            f"  got: {type(overrides).__name__}\n"
             '  For example overrides={"bias": 0.0, "head.*": True}'
         )
     for selector, given in overrides.items():
-        matches, label = _matcher(selector)
-        λ = (
-            None
-            if given is True
-            else check_factor(0.0 if given is False else given, f"overrides[{label}]")
-        )
+        matches, label = _matcher(selector, candidates)
+        λ = _absolute(given, label)
         names = dict.fromkeys(c.name for c in candidates if matches(c))
         if strict and not names:
-            raise SelectorError(_nothing_matches(label, candidates))
-        yield from ((name, λ, f"override {label}") for name in names)
+            raise SelectorError(_nothing_matches(label, selector, candidates))
+        for name in names:
+            yield name, λ, f"override {label}"
 
 
-def _matcher(selector: Any) -> tuple[Callable[[Candidate], bool], str]:
-    """The test that a selector stands for, and how to call it in a message."""
+def _absolute(given: Any, label: str) -> float | None:
+    """The λ of an override; None for True, which means λ as given."""
+    if given is True:
+        return None
+    if given is False:
+        return 0.0
+    return check_factor(given, f"overrides[{label}]")
+
+
+def _matcher(selector: Any, candidates: Sequence[Candidate]) -> tuple[Test, str]:
+    """The test that a selector stands for, and its label in messages."""
     if isinstance(selector, str):
-        text = str(selector)
-        role = text if text in {str(r) for r in Role} else None
-        return (
-            lambda c: c.role == role or fnmatchcase(c.alias, text) or fnmatchcase(c.bare, text),
-            repr(text),
-        )
+        return _by_text(selector, candidates), repr(str(selector))
     if isinstance(selector, type):
         if not issubclass(selector, nn.Module):
             raise ArgumentError(
                 f"A class in `overrides` must be a torch.nn.Module.\n  got: {selector.__name__}"
             )
         return (lambda c: isinstance(c.module, selector)), selector.__name__
+    if isinstance(selector, nn.Module):
+        inside = {id(module) for module in selector.modules()}
+        return (lambda c: id(c.module) in inside), f"module {type(selector).__name__}"
     if callable(selector):
-        label = getattr(selector, "__name__", type(selector).__name__)
-        return (lambda c: bool(selector(c.alias, c.module, c.parameter))), label
+        return _by_predicate(selector)
     raise ArgumentError(
-        "A selector in `overrides` must be a role, a glob on the parameter name, a module class or a "
-        f"predicate f(name, module, parameter).\n  got: {selector!r}"
+        "A selector in `overrides` must be a role, a glob on the parameter name, a module class, a "
+        "module of the model or a predicate f(name, module, parameter).\n"
+        f"  got: {selector!r}"
     )
 
 
-def _nothing_matches(label: str, candidates: Sequence[Candidate]) -> str:
+def _by_text(selector: str, candidates: Sequence[Candidate]) -> Test:
+    """A role, or a name; a text that is a name exactly is not read as a glob."""
+    text = str(selector)
+    if isinstance(selector, Role):
+        return lambda c: c.role == selector
+    role = text if text in _ROLES else None
+    if any(text in (c.alias, c.bare) for c in candidates):
+        return lambda c: c.role == role or text in (c.alias, c.bare)
+    return lambda c: c.role == role or fnmatchcase(c.alias, text) or fnmatchcase(c.bare, text)
+
+
+def _by_predicate(predicate: Predicate) -> tuple[Test, str]:
+    label = getattr(predicate, "__name__", type(predicate).__name__)
+
+    def test(candidate: Candidate) -> bool:
+        answer: Any = predicate(candidate.alias, candidate.module, candidate.parameter)
+        if isinstance(answer, bool) or type(answer).__name__ in ("bool", "bool_"):
+            return bool(answer)
+        raise ArgumentError(
+            "A predicate in `overrides` must return True or False.\n"
+            f"  predicate: {label}\n  for: {candidate.alias}\n  returned: {answer!r}\n"
+            "  Write `return bool(...)`, or `lambda name, module, parameter: ... is not None`"
+        )
+
+    return test, label
+
+
+def _nothing_matches(label: str, selector: Any, candidates: Sequence[Candidate]) -> str:
     roles = sorted({str(c.role) for c in candidates})
     classes = sorted({type(c.module).__name__ for c in candidates})
     names = [c.bare for c in candidates]
-    shown = (
-        names
-        if len(names) <= 30
-        else [*names[:15], f"... {len(names) - 30} more ...", *names[-15:]]
-    )
-    return (
-        f"A selector in `overrides` matches nothing.\n  selector: {label}\n"
-        f"  roles there are: {', '.join(roles)}\n  classes there are: {', '.join(classes)}\n"
-        f"  names there are: {', '.join(shown)}\n"
-        "  A glob must match the whole name: write '*.bias', not 'bias.'"
-    )
+    shown = names
+    if len(names) > 30:
+        shown = [*names[:15], f"... {len(names) - 30} more ...", *names[-15:]]
+    lines = [
+        "A selector in `overrides` matches nothing.",
+        f"  selector: {label}",
+        f"  roles there are: {', '.join(roles)}",
+        f"  classes there are: {', '.join(classes)}",
+        f"  names there are: {', '.join(shown)}",
+    ]
+    near = get_close_matches(selector, [*names, *roles], 3) if isinstance(selector, str) else []
+    if near:
+        lines.append(f"  Did you mean {' or '.join(map(repr, near))}?")
+    if isinstance(selector, nn.Module):
+        lines.append("  The module is no part of this model, or holds no parameter")
+    else:
+        lines.append("  A glob must match the whole name: write '*.bias', not 'bias.'")
+    return "\n".join(lines)

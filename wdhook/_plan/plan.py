@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from importlib import import_module
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._base.errors import WdhookError
 from .._base.validate import check_factor
+from .._roles.places import named_parameters
 from .decision import Decision
-from .table import diff_table, plan_table
+from .renames import under
+from .table import diff_table, plan_html, plan_table
 
-# What parametrizations, pruning, the older norms of weights, and adapters insert into or add to parameter names.
-_RENAMED = (
-    r"(?<![^.])(?:(?:base_layer|original_module|modules_to_save\.[^.]+)\."
-    r"|parametrizations\.(?P<local>\w+)\.original\d*$|(?P<pruned>\w+)_orig$|(?P<normed>weight\w*)_v$)"
-)
+
+class _UnknownNameError(KeyError):
+    """A name that is not in the plan; the message is made when it is read."""
+
+    def __init__(self, name: object, plan: Plan) -> None:
+        super().__init__(name)
+        self._plan = plan
+
+    def __str__(self) -> str:
+        name, plan = self.args[0], self._plan
+        for decision in plan.values():
+            if name in decision.aliases:
+                return f"{name!r} is tied: its decision is that of {decision.name!r}"
+        facts = f"{name!r} is no parameter of this plan, which has {len(plan)}"
+        near = get_close_matches(str(name), list(plan), 3)
+        if near:
+            return f"{facts}. Did you mean {' or '.join(map(repr, near))}?"
+        return f"{facts}. list(plan) has the names"
 
 
 class Plan(Mapping[str, Decision]):
@@ -41,7 +57,13 @@ class Plan(Mapping[str, Decision]):
         return self._weight_decay
 
     def __getitem__(self, name: str) -> Decision:
-        return self._decisions[name]
+        try:
+            return self._decisions[name]
+        except KeyError:
+            raise _UnknownNameError(name, self) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._decisions
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._decisions)
@@ -86,18 +108,21 @@ class Plan(Mapping[str, Decision]):
         return Plan(self._weight_decay, {name: own(d) for name, d in self.items()}, self._model())
 
     def renamed(self, decisions: Mapping[str, Decision]) -> Plan:
-        """The same decisions on a model that has changed: name now → decision, under whatever name it was made."""
-        own = {n: d if d.name == n else _under(n, d) for n, d in decisions.items()}
+        """The same decisions on a model that has changed: name now → decision."""
+        own = {n: under(n, d) for n, d in decisions.items()}
         return Plan(self._weight_decay, own, self._model())
 
     def diff(self, other: Mapping[str, Decision]) -> PlanDiff:
-        """What two plans decide differently, with both reasons; ``print`` it, or iterate.
+        """The decisions that differ between two plans, with both reasons; ``print`` or iterate.
 
         A parameter that only one of them knows counts as different.
         """
-        names = dict.fromkeys((*self, *other))
-        pairs = {name: (self.get(name), other.get(name)) for name in names}
-        return PlanDiff({n: (a, b) for n, (a, b) in pairs.items() if _λ(a) != _λ(b)})
+        pairs = {}
+        for name in dict.fromkeys((*self, *other)):
+            one, two = self.get(name), other.get(name)
+            if _λ(one) != _λ(two):
+                pairs[name] = one, two
+        return PlanDiff(pairs)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The plan as optimizer groups, one for each λ, in order of appearance.
@@ -115,22 +140,58 @@ class Plan(Mapping[str, Decision]):
                 "`param_groups` needs the model of the plan, which no longer exists.\n"
                 "  Make a new plan: wdhook.plan(model, weight_decay)"
             )
-        params = dict(model.named_parameters())
-        groups: dict[float, list[nn.Parameter]] = {}
+        params = dict(named_parameters(model))
+        groups: dict[float, list[Tensor]] = {}
         for name, decision in self.items():
             if name not in params:
                 raise WdhookError(
-                    f"`param_groups` found no parameter under a name of the plan.\n  parameter: {name}\n"
+                    "`param_groups` found no parameter under a name of the plan.\n"
+                    f"  parameter: {name}\n"
                     "  The model changed since. Make a new plan: wdhook.plan(model, weight_decay)"
                 )
             groups.setdefault(decision.weight_decay, []).append(params[name])
         return [{"params": group, "weight_decay": value} for value, group in groups.items()]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data that ``json.dumps`` takes.
+
+        Returns:
+            the keys ``weight_decay`` and ``parameters``: a list of dicts with the attributes of
+            `Decision`.
+        """
+        rows = [decision.to_dict() for decision in self.values()]
+        return {"weight_decay": self._weight_decay, "parameters": rows}
+
+    def to_pandas(self) -> Any:
+        """The plan as a ``pandas.DataFrame``; an ``ImportError`` where pandas is not installed.
+
+        Returns:
+            a frame with a row for each parameter: the names as index, and the other attributes of
+            `Decision` as columns.
+        """
+        try:
+            pandas = import_module("pandas")
+        except ImportError as error:
+            raise ImportError(
+                "`Plan.to_pandas` needs pandas, which is not installed.\n"
+                "  Install it with `pip install pandas`, or use Plan.to_dict()"
+            ) from error
+        rows = self.to_dict()["parameters"]
+        columns = [field.name for field in fields(Decision)]
+        return pandas.DataFrame(rows, columns=columns).set_index("name")
+
     def __repr__(self) -> str:
-        return f"Plan(weight_decay={self._weight_decay:g}, {len(self.decayed)} of {len(self)} tensors decayed)"
+        decayed = self.decayed
+        frozen = sum(1 for decision in decayed.values() if not decision.trainable)
+        count = f"{len(decayed) - frozen} of {len(self)} tensors decayed"
+        more = f", {frozen} more frozen" if frozen else ""
+        return f"Plan(weight_decay={self._weight_decay:g}, {count}{more})"
 
     def __str__(self) -> str:
         return plan_table(self._weight_decay, list(self.values()))
+
+    def _repr_html_(self) -> str:
+        return plan_html(self._weight_decay, list(self.values()))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A weak reference cannot be pickled; a copied plan is data without its model.
@@ -155,34 +216,17 @@ class PlanDiff(Mapping[str, "tuple[Decision | None, Decision | None]"]):
     @property
     def numel(self) -> int:
         """Number of elements about which the two plans disagree."""
-        return sum(known.numel for pair in self.values() if (known := pair[0] or pair[1]))
+        total = 0
+        for one, other in self.values():
+            known = one or other
+            total += known.numel if known is not None else 0
+        return total
 
     def __str__(self) -> str:
         return diff_table(self)
 
     def __repr__(self) -> str:
         return f"PlanDiff({len(self)} tensors, {self.numel} elements)"
-
-
-def former_name(name: str) -> str:
-    """The name before a parametrization, pruning, a norm of weights or an adapter renamed the parameter."""
-    return re.sub(_RENAMED, _former_part, name)
-
-
-def _former_part(found: re.Match[str]) -> str:
-    return found["local"] or found["pruned"] or found["normed"] or ""
-
-
-def inherited(new: Decision, old: Decision | None) -> Decision:
-    """`new`, with the exemption or the absolute λ that the parameter had under its former name."""
-    if old is None or old.follows or not new.eligible:
-        return new
-    reason = f"was {old.name}: {old.reason}"
-    return replace(new, weight_decay=old.weight_decay, follows=False, reason=reason)
-
-
-def _under(name: str, decision: Decision) -> Decision:
-    return replace(decision, name=name, reason=f"was {decision.name}: {decision.reason}")
 
 
 def _λ(decision: Decision | None) -> float | None:

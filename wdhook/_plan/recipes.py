@@ -1,7 +1,8 @@
 """The rules of known projects, so that their results can be reproduced. wdhook's own is `classify`.
 
-Each rule says what its project would do with a bare model, frozen parameters included. Where a project
-decays everything unless it is configured, the rule is the configuration that its own users train with.
+Each rule says what its project would do with a bare model, frozen parameters included. Where a
+project decays everything unless it is configured, the rule is the configuration that its own users
+train with.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def follow(model: nn.Module, recipe: str) -> dict[str, tuple[bool, str]]:
     rule = RECIPES.get(recipe) if isinstance(recipe, str) else None
     if rule is None:
         raise ArgumentError(
-            f"`recipe` names no known rule.\n  got: {recipe!r}\n  there are: {', '.join(map(repr, RECIPES))}"
+            f"`recipe` names no known rule.\n  got: {recipe!r}\n"
+            f"  there are: {', '.join(map(repr, RECIPES))}"
         )
     bare = _unwrapped(model)
     outer = {parameter: name for name, parameter in model.named_parameters()}
@@ -44,15 +46,15 @@ def follow(model: nn.Module, recipe: str) -> dict[str, tuple[bool, str]]:
     }
 
 
-# ------------------------------------------------------------------------------------------ by name and shape
+# ------------------------------------------------------------------------------------------ by name
 
 
 def _forum(model: nn.Module) -> Iterator[tuple[str, str | None]]:
     """The rule of the PyTorch forum's thread 16994, "Weight decay in the optimizers is a bad idea".
 
-    Everything is decayed but what a BatchNorm owns and what has "bias" anywhere in its full name; LayerNorm
-    is decayed. The thread holds several snippets, and people copy this rule under many names; its other one,
-    "one-dimensional tensors", has become timm's.
+    Everything is decayed but what a BatchNorm owns and what has "bias" anywhere in its full name;
+    LayerNorm is decayed. The thread holds several snippets, and people copy this rule under many
+    names; its other one, "one-dimensional tensors", has become timm's.
     """
     for seat in _seats(model):
         batch_norm = "owner is a BatchNorm" if isinstance(seat.owner, _BatchNorm) else None
@@ -60,10 +62,11 @@ def _forum(model: nn.Module) -> Iterator[tuple[str, str | None]]:
 
 
 def _timm(model: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """timm 1.0.31: `timm.optim.create_optimizer_v2(model)`, which calls `param_groups_weight_decay`.
+    """timm 1.0.31: `timm.optim.create_optimizer_v2(model)`, which calls
+    `param_groups_weight_decay`.
 
-    Exempt are tensors of at most one dimension, names that end with ".bias", and what the model's own
-    `no_weight_decay()` lists (globs allowed); the lists of its sub-modules are not asked.
+    Exempt are tensors of at most one dimension, names that end with ".bias", and what the model's
+    own `no_weight_decay()` lists (globs allowed); the lists of its sub-modules are not asked.
     """
     listed = _listed_by(model, "no_weight_decay")
     for name, parameter in model.named_parameters():
@@ -76,7 +79,8 @@ def _timm(model: nn.Module) -> Iterator[tuple[str, str | None]]:
 
 
 def _swin(model: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """Swin Transformer: `set_weight_decay` in optimizer.py of microsoft/Swin-Transformer (commit f82860b).
+    """Swin Transformer: `set_weight_decay` in optimizer.py of microsoft/Swin-Transformer (commit
+    f82860b).
 
     As timm, with exact names in `no_weight_decay()`, with the substrings of the model's
     `no_weight_decay_keywords()`, and with scalars decayed.
@@ -90,7 +94,7 @@ def _swin(model: nn.Module) -> Iterator[tuple[str, str | None]]:
 
 
 def _nanogpt(model: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """nanoGPT: `GPT.configure_optimizers` in model.py of karpathy/nanoGPT: two dimensions or more."""
+    """nanoGPT: `GPT.configure_optimizers` in karpathy/nanoGPT: two dimensions or more."""
     for name, parameter in model.named_parameters():
         yield name, _dims(parameter) if parameter.ndim < 2 else None
 
@@ -98,8 +102,8 @@ def _nanogpt(model: nn.Module) -> Iterator[tuple[str, str | None]]:
 def _megatron(model: nn.Module) -> Iterator[tuple[str, str | None]]:
     """Megatron-LM: `get_standard_config_overrides` in megatron/core/optimizer (commit 0044db1).
 
-    Exempt (`wd_mult=0`) are one-dimensional tensors and names that match "*.bias". This is the default,
-    `apply_wd_to_qk_layernorm=False`.
+    Exempt (`wd_mult=0`) are one-dimensional tensors and names that match "*.bias". This is the
+    default, `apply_wd_to_qk_layernorm=False`.
     """
     for name, parameter in model.named_parameters():
         yield name, _one_dim(parameter) or _ends_with_bias(name)
@@ -109,10 +113,11 @@ _HF_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.|_)norm(?:$|\.)")
 
 
 def _huggingface(model: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """transformers 5.23: `Trainer.get_decay_parameter_names`, also what `Trainer` itself optimizes by.
+    """transformers 5.23: `Trainer.get_decay_parameter_names`, also what `Trainer` itself optimizes
+    by.
 
-    Exempt is what lies in an `nn.LayerNorm` below the root, and every name with "bias", "layernorm",
-    "rmsnorm" or a component that is, or ends with, "norm".
+    Exempt is what lies in an `nn.LayerNorm` below the root, and every name with "bias",
+    "layernorm", "rmsnorm" or a component that is, or ends with, "norm".
     """
     layer_norms = {
         path for path, module in model.named_modules() if path and isinstance(module, nn.LayerNorm)
@@ -123,7 +128,7 @@ def _huggingface(model: nn.Module) -> Iterator[tuple[str, str | None]]:
         yield name, inside or (f"{found[0].strip('.')!r} in the name" if found else None)
 
 
-# ----------------------------------------------------------------------------------------- by the owner's type
+# ----------------------------------------------------------------------------------------- by the o
 
 _DETECTRON2_NORMS = (
     nn.BatchNorm1d,
@@ -143,8 +148,8 @@ def _detectron2(model: nn.Module) -> Iterator[tuple[str, str | None]]:
     """detectron2: `get_default_optimizer_params` in detectron2/solver/build.py (commit 02b5c4e).
 
     With the values that its configuration starts from: `SOLVER.WEIGHT_DECAY_NORM = 0.0`, and
-    `SOLVER.WEIGHT_DECAY_BIAS = None`, so that biases are decayed. Its own sub-classes of these norms
-    (NaiveSyncBatchNorm) are exempt, FrozenBatchNorm2d has no parameters.
+    `SOLVER.WEIGHT_DECAY_BIAS = None`, so that biases are decayed. Its own sub-classes of these
+    norms (NaiveSyncBatchNorm) are exempt, FrozenBatchNorm2d has no parameters.
     """
     for seat in _seats(model):
         yield seat.name, _owned_by(seat.owner, _DETECTRON2_NORMS)
@@ -154,11 +159,12 @@ _MMENGINE_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def _mmengine(model: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """mmengine 0.10.7: `DefaultOptimWrapperConstructor`, which decays all that `paramwise_cfg` leaves alone.
+    """mmengine 0.10.7: `DefaultOptimWrapperConstructor`, which decays all that `paramwise_cfg`
+    leaves alone.
 
-    With `paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0., bypass_duplicate=True)`, as in the
-    configurations of mmpretrain and mmdetection that spare norms and biases. The biases of the offset
-    layers of mmcv's deformable convolutions are decayed, as there.
+    With `paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0., bypass_duplicate=True)`, as in
+    the configurations of mmpretrain and mmdetection that spare norms and biases. The biases of the
+    offset layers of mmcv's deformable convolutions are decayed, as there.
     """
     offsets = {
         child
@@ -191,10 +197,11 @@ _FASTAI_NORMS = (
 
 
 def _fastai(model: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """fastai 2.8.12: `Learner(wd_bn_bias=False)`, its default, by `fastai.torch_core.norm_bias_params`.
+    """fastai 2.8.12: `Learner(wd_bn_bias=False)`, its default, by
+    `fastai.torch_core.norm_bias_params`.
 
-    Exempt is all that lies in a BatchNorm, InstanceNorm or LayerNorm, and every parameter that some module
-    calls `bias`. GroupNorm, RMSNorm and SyncBatchNorm are decayed.
+    Exempt is all that lies in a BatchNorm, InstanceNorm or LayerNorm, and every parameter that some
+    module calls `bias`. GroupNorm, RMSNorm and SyncBatchNorm are decayed.
     """
     why: dict[torch.Tensor, str] = {}
     for module in model.modules():
@@ -208,7 +215,7 @@ def _fastai(model: nn.Module) -> Iterator[tuple[str, str | None]]:
         yield name, why.get(parameter)
 
 
-# ------------------------------------------------------------------------------------------------------ pieces
+# --------------------------------------------------------------------------------------------------
 
 
 class _Seat(NamedTuple):

@@ -1,38 +1,95 @@
-"""Plans as text: a table a person can believe, also for 300 parameters."""
+"""Formats plans as tables; rows that differ only in layer numbers are folded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import html
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from .._base.text import NUMBER, Row, aligned, fold_by
 from .decision import Decision
 
 
 def plan_table(weight_decay: float, decisions: Sequence[Decision]) -> str:
-    """The decisions as a table: guesses first, then model order, and totals by role."""
-    rows, sums = plan_rows(decisions), totals(decisions)
-    return "\n".join(
-        [
-            headline(weight_decay, decisions),
-            "",
-            *aligned(rows),
-            "",
-            *aligned(sums, right=range(1, 5)),
-        ]
-    )
+    """Format decisions as a table: guesses first, then model order, and totals by role."""
+    lines = [headline(weight_decay, decisions), "", *aligned(plan_rows(decisions)), ""]
+    lines += aligned(totals(decisions), right=range(1, 5))
+    return "\n".join(lines)
+
+
+def plan_html(weight_decay: float, decisions: Sequence[Decision]) -> str:
+    """Format decisions as HTML for notebooks, with the content of `plan_table`."""
+    parts = [f"<p>{html.escape(headline(weight_decay, decisions))}</p>"]
+    parts += [_html_table(plan_rows(decisions)), _html_table(totals(decisions))]
+    return "\n".join(parts)
+
+
+def _html_table(rows: Sequence[Row]) -> str:
+    lines = [_html_row("th", rows[0])]
+    lines += [_html_row("td", row) for row in rows[1:]]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _html_row(tag: str, row: Row) -> str:
+    cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+    return f"<tr>{cells}</tr>"
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Sums over decisions. Frozen parameters are not counted as decayed."""
+
+    tensors: int = 0
+    elements: int = 0
+    decayed: int = 0
+    decayed_elements: int = 0
+    frozen: int = 0
+    guesses: int = 0
+
+    def add(self, decision: Decision) -> None:
+        self.tensors += 1
+        self.elements += decision.numel
+        self.guesses += decision.guess
+        if not decision.weight_decay > 0:
+            return
+        if not decision.trainable:
+            self.frozen += 1
+            return
+        self.decayed += 1
+        self.decayed_elements += decision.numel
+
+
+def _sums(decisions: Iterable[Decision]) -> _Sums:
+    found = _Sums()
+    for decision in decisions:
+        found.add(decision)
+    return found
 
 
 def headline(weight_decay: float, decisions: Sequence[Decision]) -> str:
-    """The plan in one line."""
-    decayed = [d for d in decisions if d.weight_decay > 0]
-    return (
-        f"weight decay {weight_decay:g} on {len(decayed)} of {len(decisions)} tensors, "
-        f"{_count(sum(d.numel for d in decayed))} of {_count(sum(d.numel for d in decisions))} elements"
+    """The plan in one line, with the numbers of frozen parameters and of guesses."""
+    found = _sums(decisions)
+    line = (
+        f"weight decay {weight_decay:g} on {found.decayed} of {found.tensors} tensors, "
+        f"{found.decayed_elements:,} of {found.elements:,} elements"
     )
+    if found.frozen:
+        line += f"; {found.frozen} more {'is' if found.frozen == 1 else 'are'} frozen"
+    if found.guesses:
+        line += f"; {_about_guesses(found.guesses, decisions)}"
+    return line
+
+
+def _about_guesses(guesses: int, decisions: Sequence[Decision]) -> str:
+    """The number of guesses and the way to settle them."""
+    count, them = (f"{guesses} guesses", "them") if guesses > 1 else ("1 guess", "it")
+    if any(d.reason.startswith("traced: ") for d in decisions):
+        return f"{count} that the example inputs do not settle"
+    return f"{count}: pass example inputs to settle {them}"
 
 
 def plan_rows(decisions: Sequence[Decision]) -> list[Row]:
-    """A heading, and a row for each run of decisions that differ only in the numbers of their names."""
+    """A heading, and a row for each run of decisions whose names differ in numbers alone."""
     ordered = sorted(decisions, key=lambda d: not d.guess)
     rows: list[Row] = [("parameter", "shape", "role", "λ", "reason")]
     rows += [
@@ -43,27 +100,37 @@ def plan_rows(decisions: Sequence[Decision]) -> list[Row]:
 
 
 def diff_table(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) -> str:
-    """What two plans decide differently, as a table."""
-    numel = sum(known.numel for pair in pairs.values() if (known := pair[0] or pair[1]))
+    """Format the differences between two plans as a table."""
+    numel = 0
+    for one, other in pairs.values():
+        known = one or other
+        numel += known.numel if known is not None else 0
     tensors = "1 tensor" if len(pairs) == 1 else f"{len(pairs)} tensors"
     elements = "1 element" if numel == 1 else f"{_count(numel)} elements"
     verb = "is" if len(pairs) == 1 else "are"
     head = f"{tensors} with {elements} {verb} decided differently"
-    return "\n".join([head, "", *aligned(diff_rows(pairs))]) if pairs else head
+    if not pairs:
+        return head
+    return "\n".join([head, "", *aligned(diff_rows(pairs))])
 
 
 def diff_rows(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) -> list[Row]:
-    """As `plan_rows`, with what each of two plans decides."""
+    """A heading and rows as in `plan_rows`, with the decisions of both plans."""
 
     def both(name: str) -> tuple[str, ...]:
         one, other = pairs[name]
         return _λ(one), _λ(other), _why(one), _why(other)
 
-    known = [one or other for one, other in pairs.values()]
+    def without_numbers(decision: Decision) -> tuple[str, ...]:
+        return tuple(NUMBER.sub("#", cell) for cell in both(decision.name))
+
+    known = []
+    for one, other in pairs.values():
+        decision = one or other
+        if decision is not None:
+            known.append(decision)
     rows: list[Row] = [("parameter", "shape", "λ", "λ of other", "reason", "reason of other")]
-    for label, d in fold(
-        [d for d in known if d], lambda d: tuple(NUMBER.sub("#", cell) for cell in both(d.name))
-    ):
+    for label, d in fold(known, without_numbers):
         rows.append((label, _shape(d), *both(d.name)))
     return rows
 
@@ -71,25 +138,29 @@ def diff_rows(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) -> l
 def fold(
     decisions: Sequence[Decision], also: Callable[[Decision], object] = lambda decision: None
 ) -> list[tuple[str, Decision]]:
-    """Join decisions that differ only in the numbers of their names, and are alike in what `also` gives.
+    """Join decisions that differ only in the numbers of their names, and agree in `also`.
 
     Returns:
         (label, first decision) for each run, such as ``layers.0-11.attn.qkv.weight ×12``.
     """
-    return fold_by(
-        decisions,
-        lambda d: (d.shape, d.role, d.weight_decay, NUMBER.sub("#", d.reason), d.guess, also(d)),
-    )
+
+    def alike(d: Decision) -> object:
+        said = NUMBER.sub("#", _reason(d))
+        return d.shape, d.role, d.weight_decay, said, also(d)
+
+    return fold_by(decisions, alike)
 
 
 def totals(decisions: Sequence[Decision]) -> list[Row]:
-    """A heading, a row for each role, and one for all."""
+    """A heading, a row for each role in order of appearance, and a row for all."""
+    by_role: dict[str, _Sums] = {}
+    for decision in decisions:
+        by_role.setdefault(str(decision.role), _Sums()).add(decision)
+    by_role["all"] = _sums(decisions)
     rows: list[Row] = [("role", "tensors", "decayed", "elements", "decayed")]
-    for role in (*dict.fromkeys(d.role for d in decisions), None):
-        mine = [d for d in decisions if role is None or d.role == role]
-        on = [d for d in mine if d.weight_decay > 0]
-        elements = _count(sum(d.numel for d in mine)), _count(sum(d.numel for d in on))
-        rows.append((str(role or "all"), str(len(mine)), str(len(on)), *elements))
+    for role, found in by_role.items():
+        counts = found.tensors, found.decayed, found.elements, found.decayed_elements
+        rows.append((role, str(counts[0]), str(counts[1]), _count(counts[2]), _count(counts[3])))
     return rows
 
 
@@ -98,7 +169,13 @@ def _shape(decision: Decision) -> str:
 
 
 def _reason(decision: Decision) -> str:
-    return f"guess: {decision.reason}" if decision.guess else decision.reason
+    """The reason, with the facts that change its meaning: a guess, further names, frozen."""
+    reason = f"guess: {decision.reason}" if decision.guess else decision.reason
+    if decision.aliases:
+        reason += f"; tied to {', '.join(decision.aliases)}"
+    if decision.weight_decay > 0 and not decision.trainable:
+        reason += "; frozen"
+    return reason
 
 
 def _count(number: int) -> str:

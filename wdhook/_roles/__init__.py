@@ -1,4 +1,5 @@
-"""Tells what a parameter is for: a model comes in, a `Role` with a reason for each parameter goes out.
+"""Tells the job of a parameter: a model comes in, roles with their reasons go out.
 
-It reads types, names, shapes and the marks of other projects. It knows nothing of λ, and changes nothing.
+The room reads types, names, shapes, first values and the marks of other projects. It knows nothing
+of λ, and changes nothing.
 """

@@ -1,24 +1,22 @@
-"""What a parameter is for: the pure classifier.
+"""Decides the role of each parameter of a model, without running or changing it.
 
-Evidence is asked in a fixed order, and the first that speaks decides: explicit marks, the type of the owner
-module, the family that the type's name belongs to, the parameter's own name, the structure of its owner, and
-only then its shape, counted in dimensions larger than one, because a (1, 1, C) scale is a vector.
+Evidence is asked in a fixed order, and the first that speaks decides: explicit marks, the type of
+the owner module, the family of the owner's class name, the local name of the parameter, the
+structure of the owner, and last the shape, together with the first values.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
+from .evidence import Shape, is_vectorlike, shape_of
+from .layers import Case, Rule, by_family, by_name, by_shape, by_siblings, by_structure
 from .marks import (
     embedding_mark,
     is_flattened,
@@ -28,315 +26,234 @@ from .marks import (
     parameter_mark,
     role_mark,
 )
-from .vocabulary import Family, Hint, Role, family_of, may_hold_weight, meaning_of
+from .places import places, walk
+from .torch_types import by_reparametrization, by_torch_type, class_name
+from .verdict import DECAYED_ROLES, Verdict
+from .vocabulary import Role
 
-__all__ = ["DECAYED_ROLES", "Role", "Verdict", "classify"]
+__all__ = ["DECAYED_ROLES", "Classified", "Role", "Verdict", "classify", "classify_model"]
 
-DECAYED_ROLES: frozenset[Role] = frozenset({Role.WEIGHT, Role.EMBEDDING})
-"""The roles that are decayed unless somebody says otherwise."""
-
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_WEIGHTS = (nn.Linear, _ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-_SLOPES = (nn.PReLU,)
 _PARAMETER_CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 _CONTAINERS = (*_PARAMETER_CONTAINERS, nn.ModuleList, nn.ModuleDict)
 
 
-Shape: TypeAlias = "tuple[int, ...] | None"  # None: a lazy parameter does not know it yet
+@dataclass(slots=True)
+class Classified:
+    """One parameter of a model, with its verdict and its names."""
 
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """The role of one parameter and the evidence for it."""
-
-    role: Role
-    reason: str
-    guess: bool = False
-    weight_decay: float | None = None
-    """An explicit mark: 0.0 exempts, another float is a λ of its own; None follows the role."""
-
-    @property
-    def marked(self) -> bool:
-        """Whether somebody said so on purpose, of the role or of the decay."""
-        return self.weight_decay is not None or self.reason.startswith("marked ")
-
-    @property
-    def decayed(self) -> bool:
-        """Whether weight decay applies by default."""
-        return (
-            self.weight_decay > 0 if self.weight_decay is not None else self.role in DECAYED_ROLES
-        )
+    name: str
+    parameter: torch.Tensor
+    verdict: Verdict
+    aliases: tuple[str, ...] = ()
+    """Further names of a tied parameter."""
 
 
 def classify(model: nn.Module) -> dict[str, Verdict]:
-    """The verdict on every parameter, under the names and in the order of `model.named_parameters()`.
+    """Decide the role of every parameter, by name, in the order of `model.named_parameters()`.
 
-    A parameter with several owners has one entry. It is exempt if any owner or mark says so, because a bias
-    or a scale stays one when it is shared; an embedding that is also the output layer is decayed, once.
+    A parameter with several owners has one entry. It is exempt if any owner or mark says so,
+    because a bias or a scale stays one when it is shared; an embedding that is also the output
+    layer is decayed, once.
     """
-    return {name: verdict for name, _, verdict in classified(model)}
+    return {found.name: found.verdict for found in classify_model(model)}
 
 
 def classified(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Verdict]]:
-    """What `classify` says, with the parameter itself: (name, parameter, verdict)."""
-    modules = dict(model.named_modules())
-    listed = module_marks(modules, (name for name, *_ in _seats(modules)))
-    reader = _Reader(modules)
-    names: list[str] = []
-    parameters: list[torch.Tensor] = []  # keeps alive what scripted modules hand out
-    verdicts: dict[int, Verdict] = {}
-    for name, path, local, parameter in _seats(modules):
-        verdict = _marked(reader.read(path, local, parameter), parameter, listed.get(name))
-        known = verdicts.get(id(parameter))
-        if known is None:
-            names.append(name)
-            parameters.append(parameter)
-        if known is None or (known.decayed and not verdict.decayed):
-            verdicts[id(parameter)] = verdict
+    """Yield (name, parameter, verdict), see `classify`."""
+    for found in classify_model(model):
+        yield found.name, found.parameter, found.verdict
+
+
+def classify_model(model: nn.Module) -> list[Classified]:
+    """Decide the role of every parameter, see `classify`, and list the names of each."""
+    visits = walk(model)
+    unique = {path: module for path, module, repeated in visits if not repeated}
+    names = (place.name for place in places(visits) if not place.repeated)
+    listed = module_marks(unique, names)
+    reader = _Reader({path: module for path, module, _ in visits})
+    found = _read_places(reader, visits, listed)
+    if reader.compare_kinds():
+        found = _read_places(reader, visits, listed)
     if type(model).named_parameters is nn.Module.named_parameters:
-        return zip(names, parameters, verdicts.values(), strict=True)
-    return (
-        (name, parameter, verdicts[id(parameter)]) for name, parameter in model.named_parameters()
-    )
+        return list(found.values())
+    return _under_own_names(model, found)
 
 
-def _seats(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str, str, torch.Tensor]]:
-    """(full name, owner's path, local name, parameter) for every place that holds a parameter."""
-    for path, module in modules.items():
+def _read_places(
+    reader: _Reader, visits: list[tuple[str, nn.Module, bool]], listed: dict[str, str]
+) -> dict[int, Classified]:
+    """The verdict on each parameter, by its identity; of several places the strictest wins."""
+    found: dict[int, Classified] = {}
+    for path, module, _ in visits:
+        if not len(module._parameters):
+            continue
+        seat = reader.seat(path, module)
+        prefix = f"{path}." if path else ""
         for local, parameter in module._parameters.items():
-            if parameter is not None:
-                yield (f"{path}.{local}" if path else local), path, local, parameter
+            if parameter is None:
+                continue
+            name = prefix + local
+            verdict = _marked(reader.read(seat, local, parameter), parameter, listed.get(name))
+            known = found.get(id(parameter))
+            if known is None:
+                found[id(parameter)] = Classified(name, parameter, verdict)
+                continue
+            known.aliases += (name,)
+            if known.verdict.decayed and not verdict.decayed:
+                known.verdict = verdict
+    return found
+
+
+def _under_own_names(model: nn.Module, found: dict[int, Classified]) -> list[Classified]:
+    """Rename to the names that the model itself gives, as FSDP does."""
+    renamed = []
+    for name, parameter in model.named_parameters():
+        known = found[id(parameter)]
+        renamed.append(Classified(name, parameter, known.verdict, known.aliases))
+    return renamed
+
+
+# ------------------------------------------------------------------------------------------- marks
 
 
 def _marked(verdict: Verdict, parameter: torch.Tensor, listed: str | None) -> Verdict:
-    """The verdict after the explicit marks, which outrank all other evidence."""
+    """Apply the explicit marks, which outrank all other evidence."""
     if listed is None and is_plain(parameter) and parameter.is_floating_point():
         return verdict  # most parameters: the rest of this function is slow
     packed = _packed(parameter)
-    if packed:
+    if packed is not None:
         return packed
     flag = embedding_mark(parameter)
     if flag and verdict.decayed:
         verdict = Verdict(Role.EMBEDDING, f"marked {flag}")
-    mark = parameter_mark(parameter) or (listed and (0.0, listed))
-    return replace(verdict, weight_decay=mark[0], reason=mark[1], guess=False) if mark else verdict
+    mark = parameter_mark(parameter)
+    if mark is None and listed is not None:
+        mark = 0.0, listed
+    if mark is None:
+        return verdict
+    return replace(verdict, weight_decay=mark[0], reason=mark[1], guess=False)
 
 
 def _packed(parameter: torch.Tensor) -> Verdict | None:
-    """The verdict on storage that is not one array of numbers to shrink."""
-    if (
-        not (parameter.is_floating_point() or parameter.is_complex())
-        or type(parameter).__name__ == "Params4bit"
-    ):
-        return Verdict(
-            Role.OTHER,
-            f"packed as {str(parameter.dtype).removeprefix('torch.')}, cannot be decayed",
-        )
+    """Find storage that is not one array of numbers to shrink."""
+    is_number = parameter.is_floating_point() or parameter.is_complex()
+    if not is_number or type(parameter).__name__ == "Params4bit":
+        kind = str(parameter.dtype).removeprefix("torch.")
+        return Verdict(Role.OTHER, f"packed as {kind}, cannot be decayed")
     if is_flattened(parameter):
-        return Verdict(
-            Role.OTHER, "flattened by FSDP, holds several roles (use_orig_params=True)", guess=True
-        )
+        reason = "flattened by FSDP, holds several roles (use_orig_params=True)"
+        return Verdict(Role.OTHER, reason, guess=True)
     return None
 
 
-def _shape(parameter: torch.Tensor) -> Shape:
-    """The shape before anybody sharded it, or None while it is not known."""
-    whole = getattr(
-        parameter, "ds_shape", None
-    )  # DeepSpeed ZeRO-3 leaves an empty 1-D tensor behind
-    if whole is not None:
-        return tuple(whole)
-    return None if is_lazy(parameter) else parameter.shape
+# ---------------------------------------------------------------------------------- other evidence
+
+
+class _Seat(NamedTuple):
+    """A module that holds parameters."""
+
+    path: str
+    module: nn.Module
+    kind: int
 
 
 class _Reader:
-    """Reads one model, and each kind of place in it once."""
+    """Reads the modules of one model, and each kind of parameter once."""
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         self._modules = modules
-        self._known: dict[Hashable, Verdict | None] = {}
+        self._owners: dict[tuple[Any, ...], int] = {}
+        self._known: dict[tuple[int, str, Shape], Verdict] = {}
         self._with_role = kinds_with(("wdhook_role",), modules.values())
 
-    def read(self, path: str, local: str, parameter: torch.Tensor) -> Verdict:
-        """The verdict by type, name, structure and shape, in this order."""
-        module, shape = self._modules[path], _shape(parameter)
-        if isinstance(module, ParametrizationList):
-            return self._parametrized(path, local, shape)
-        if isinstance(module, _PARAMETER_CONTAINERS):
-            return self._decide(*self._holder(path, local), shape)
-        return self._decide(module, local, local, shape)
+    def seat(self, path: str, module: nn.Module) -> _Seat:
+        """The module with a number for its kind: its class, its parameters and its children."""
+        children = None
+        if len(module._modules):
+            children = tuple(map(type, module._modules.values()))
+        scripted = class_name(module) if isinstance(module, torch.jit.ScriptModule) else None
+        kind = type(module), scripted, tuple(module._parameters.keys()), children
+        return _Seat(path, module, self._owners.setdefault(kind, len(self._owners)))
 
-    def _holder(self, path: str, local: str) -> tuple[nn.Module, str, str]:
-        """The module around a container, the entry named after it (`lora_A_default`), the container's name."""
-        name = local
+    def read(self, seat: _Seat, local: str, parameter: torch.Tensor) -> Verdict:
+        """Decide by type, names, structure and shape, in this order."""
+        if isinstance(seat.module, ParametrizationList):
+            return self._parametrized(seat, local, parameter)
+        if isinstance(seat.module, _PARAMETER_CONTAINERS):
+            return self._contained(seat, local, parameter)
+        return self._decide(seat, local, local, parameter)
+
+    def _contained(self, seat: _Seat, local: str, parameter: torch.Tensor) -> Verdict:
+        """Name an entry of a container after it (`lora_A_default`), and ask the module around."""
+        path, name = seat.path, local
         while path and isinstance(self._modules[path], _CONTAINERS):
             path, _, name = path.rpartition(".")
             local = name if local.isdigit() else f"{name}_{local}"
-        return self._modules[path], local, name
+        owner = self.seat(path, self._modules[path])
+        return self._decide(owner, local, name, parameter)
 
-    def _parametrized(self, path: str, local: str, shape: Shape) -> Verdict:
-        """`parametrizations.weight.original1` is the weight; the magnitude of a weight norm is a scale."""
-        home, _, tensor = path.rpartition("parametrizations.")
-        kinds = "".join(type(part).__name__ for part in self._modules[path].children()).lower()
-        if local == "original0" and ("weightnorm" in kinds or _vectorlike(shape)):
+    def _parametrized(self, seat: _Seat, local: str, parameter: torch.Tensor) -> Verdict:
+        """`parametrizations.weight.original1` is the weight; a magnitude is a scale."""
+        home, _, tensor = seat.path.rpartition("parametrizations.")
+        kinds = "".join(type(part).__name__ for part in seat.module.children()).lower()
+        is_magnitude = "weightnorm" in kinds or is_vectorlike(shape_of(parameter))
+        if local == "original0" and is_magnitude:
             return Verdict(Role.SCALE, "magnitude of a weight norm")
-        return self._decide(self._modules[home.removesuffix(".")], tensor, tensor, shape)
+        path = home.removesuffix(".")
+        return self._decide(self.seat(path, self._modules[path]), tensor, tensor, parameter)
 
-    def _decide(self, owner: nn.Module, local: str, container: str, shape: Shape) -> Verdict:
+    def _decide(self, seat: _Seat, local: str, container: str, parameter: torch.Tensor) -> Verdict:
+        owner = seat.module
         if type(owner) in self._with_role or "wdhook_role" in owner.__dict__:
             marked = role_mark(owner, local, container)
             if marked is not None:
-                return Verdict(marked, f"marked wdhook_role in {_class_name(owner)}")
-        scripted = _class_name(owner) if isinstance(owner, torch.jit.ScriptModule) else None
-        children = tuple(map(type, owner._modules.values())) if len(owner._modules) else None
-        place = (type(owner), scripted, local, shape, tuple(owner._parameters.keys()), children)
-        try:
-            known = self._known[place]
-        except KeyError:
-            known = self._known[place] = (
-                _by_reparametrization(owner, local)
-                or _by_torch_type(owner, local)
-                or _by_family(owner, local, shape)
-                or _by_name(local, shape)
-            )
-        return known or _by_structure(owner) or _by_shape(shape)
+                return Verdict(marked, f"marked wdhook_role in {class_name(owner)}")
+        shape = shape_of(parameter)
+        kind = seat.kind, local, shape
+        known = self._known.get(kind)
+        if known is None:
+            known = self._known[kind] = _read(owner, local, parameter, shape)
+        if known.guess and known.role is Role.OTHER:
+            return by_structure(owner) or known
+        return known
+
+    def compare_kinds(self) -> bool:
+        """Settle guesses on vectors by matrices of the same name in modules of the same class.
+
+        An attention with one head has a vector where its neighbours with more heads have a
+        matrix of as many dimensions; both contract.
+
+        Returns:
+            True where a guess was settled: reading again gives the new verdicts.
+        """
+        classes = {number: kind[0] for kind, number in self._owners.items()}
+        open_kinds, matrices = [], set()
+        for kind, verdict in self._known.items():
+            owner, local, shape = kind
+            if not is_vectorlike(shape):
+                if verdict.decayed:
+                    matrices.add((classes[owner], local, len(shape or ())))
+            elif verdict.guess and not verdict.decayed:
+                open_kinds.append(kind)
+        settled = []
+        for kind in open_kinds:
+            owner, local, shape = kind
+            if (classes[owner], local, len(shape or ())) in matrices:
+                settled.append(kind)
+        for kind in settled:
+            reason = f"named {kind[1]!r}, a matrix in another {classes[kind[0]].__name__}"
+            self._known[kind] = Verdict(Role.WEIGHT, reason, guess=True)
+        return bool(settled)
 
 
-def _family(owner: nn.Module, kind: str) -> Family | None:
-    """The family of the first class that names one, from the owner's own class upwards."""
-    bases = [
-        base.__name__ for base in type(owner).__mro__ if not base.__module__.startswith("torch.")
-    ]
-    return next((family for family in map(family_of, [kind, *bases]) if family), None)
+_RULES: tuple[Rule, ...] = (by_siblings, by_family, by_name, by_shape)
 
 
-def _class_name(owner: nn.Module) -> str:
-    """The name of the class as it was written: a scripted module keeps it aside, FSDP2 inherits from it."""
-    if isinstance(owner, torch.jit.ScriptModule):
-        return str(owner.original_name)
-    names = [base.__name__ for base in type(owner).__mro__]
-    written = names[names.index("FSDPModule") + 1] if "FSDPModule" in names else names[0]
-    return written.removeprefix("Parametrized")
-
-
-def _vectorlike(shape: Shape) -> bool:
-    return shape is not None and sum(size != 1 for size in shape) <= 1
-
-
-def _by_reparametrization(owner: nn.Module, local: str) -> Verdict | None:
-    """Old-style `weight_norm` splits `weight` into `weight_g` and `weight_v`."""
-    if local.endswith("_g") and f"{local[:-2]}_v" in owner._parameters:
-        return Verdict(Role.SCALE, "magnitude of a weight norm")
-    return None
-
-
-_WEIGHT_NAME = (
-    r"(?:weight(?:_[ih]h|_hr)?|(?:in|q|k|v)_proj_weight)(?:_l\d+)?(?:_reverse)?(?:_orig|_raw|_v)?"
-)
-_BIAS_NAME = r"(?:bias(?:_[ih]h|_k|_v)?|in_proj_bias)(?:_l\d+)?(?:_reverse)?(?:_orig|_raw)?"
-
-
-def _by_torch_type(owner: nn.Module, local: str) -> Verdict | None:
-    """What torch's own classes and their subclasses say of `weight` and `bias`; never a matter of shape."""
-    if re.fullmatch(_BIAS_NAME, local):
-        role, bases = Role.BIAS, _WEIGHTS
-    elif re.fullmatch(_WEIGHT_NAME, local):
-        role, bases = Role.WEIGHT, _WEIGHTS
-    else:
-        return None
-    for kind, own_role in (
-        (bases, role),
-        (_NORMS, Role.NORM),
-        (_EMBEDDINGS, Role.EMBEDDING),
-        (_SLOPES, Role.SCALE),
-    ):
-        if isinstance(owner, kind):
-            return Verdict(own_role, _owner_is(owner, kind))
-    return None
-
-
-def _owner_is(owner: nn.Module, bases: tuple[type[nn.Module], ...]) -> str:
-    """'owner is nn.Linear', or 'owner is Router, a nn.Linear' for a subclass."""
-    public = [base for base in type(owner).__mro__ if getattr(nn, base.__name__, None) is base]
-    name = f"nn.{next((base for base in public if issubclass(base, bases)), bases[0]).__name__}"
-    own = _class_name(owner)
-    return f"owner is {name}" if name == f"nn.{own}" else f"owner is {own}, a {name}"
-
-
-_POSITION_TABLE = r"pos|token|quer|latent|prompt|cls"
-_PLAIN_WEIGHT = r"weight(?:_orig|_v)?|w\d*"
-
-
-def _by_family(owner: nn.Module, local: str, shape: Shape) -> Verdict | None:
-    """What the name of the owner's class promises."""
-    kind = _class_name(owner)
-    family, reason = _family(owner, kind), f"owner is called {kind}"
-    plain = re.fullmatch(_PLAIN_WEIGHT, local) is not None
-    if family is Family.NORM:
-        all_of_it = not may_hold_weight(kind) and not _has_weighted_children(owner)
-        return Verdict(Role.NORM, reason) if all_of_it or _vectorlike(shape) else None
-    if family is Family.SCALE and _vectorlike(shape):
-        return Verdict(Role.SCALE, reason)
-    if family is Family.EMBEDDING and (plain or _is_the_table(owner, local, shape)):
-        return Verdict(Role.EMBEDDING, reason)
-    if family is Family.WEIGHT and plain:
-        return Verdict(Role.WEIGHT, reason)
-    return None
-
-
-def _is_the_table(owner: nn.Module, local: str, shape: Shape) -> bool:
-    """The only parameter of an embedding class is what it looks up: a true matrix, not called a position."""
-    if len(list(owner.parameters())) != 1 or re.search(_POSITION_TABLE, local):
-        return False
-    return len(shape or ()) == 2 and not _vectorlike(shape)
-
-
-def _by_name(local: str, shape: Shape) -> Verdict | None:
-    """What the local name says."""
-    meaning, reason = meaning_of(local), f"named {local!r}"
-    if meaning is None or meaning is Hint.SHAPE:
-        return None
-    if meaning is Hint.FIRM_WEIGHT:
-        return Verdict(Role.WEIGHT, reason)
-    if meaning is Hint.MATRIX:
-        return _weight_or_scale(reason, shape)
-    if meaning is Role.EMBEDDING and _vectorlike(shape):
-        return Verdict(Role.POSITION, f"{reason}, a vector")
-    return Verdict(Role(meaning), reason)
-
-
-def _weight_or_scale(reason: str, shape: Shape) -> Verdict:
-    """A `weight` or a `gate` multiplies: as a matrix it contracts, as a vector it scales."""
-    if not _vectorlike(shape):
-        return Verdict(Role.WEIGHT, reason)
-    if shape and len(shape) > 1 and shape[-1] == 1 and shape[0] != 1:
-        return Verdict(Role.WEIGHT, f"{reason}, a column", guess=True)
-    return Verdict(Role.SCALE, f"{reason}, a vector", guess=True)
-
-
-_EPSILONS = frozenset({"eps", "epsilon", "variance_epsilon", "norm_eps"})
-
-
-def _by_structure(owner: nn.Module) -> Verdict | None:
-    """A module with an `eps`, only vectors and no weighted children normalizes, whatever its name."""
-    if _EPSILONS.isdisjoint(owner.__dict__):
-        return None
-    own = [parameter for parameter in owner._parameters.values() if parameter is not None]
-    if _has_weighted_children(owner) or not all(
-        _vectorlike(_shape(parameter)) for parameter in own
-    ):
-        return None
-    return Verdict(Role.NORM, "owner has an eps and only vectors", guess=True)
-
-
-def _has_weighted_children(owner: nn.Module) -> bool:
-    return any(next(child.parameters(), None) is not None for child in owner.children())
-
-
-def _by_shape(shape: Shape) -> Verdict:
-    """The last resort."""
-    if shape is None:
-        return Verdict(Role.WEIGHT, "shape not known yet, owner unknown", guess=True)
-    dims = sum(size != 1 for size in shape)
-    return Verdict(Role.OTHER if dims <= 1 else Role.WEIGHT, f"{dims}-D, owner unknown", guess=True)
+def _read(owner: nn.Module, local: str, parameter: torch.Tensor, shape: Shape) -> Verdict:
+    """The first verdict; the last rule has one for every case."""
+    found = by_reparametrization(owner, local) or by_torch_type(owner, local)
+    case = Case(owner, local, parameter, shape)
+    for rule in _RULES:
+        found = found or rule(case)
+    assert found is not None
+    return found
