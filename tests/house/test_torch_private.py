@@ -16,7 +16,10 @@ import torch
 from imports import FILES, PACKAGE
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from wdhook._base import torch_private as door
 
@@ -294,6 +297,46 @@ def test_the_hooks_of_a_step_run_in_the_order_that_is_read() -> None:
     assert len(door.process_step_pre_hooks()) == before
 
 
+def test_a_step_post_hook_that_comes_first() -> None:
+    """torch runs an optimizer's own step post-hooks in the order of their dict, then those of the
+    process; one that is put first comes before all others, and goes with its handle."""
+    called: list[str] = []
+    optimizer = SGD([leaf()], lr=0.1)
+    before = len(door.process_step_post_hooks())
+    handle = register_optimizer_step_post_hook(lambda *_: called.append("process"))
+    optimizer.register_step_post_hook(lambda *_: called.append("own"))
+    first = door.register_first_step_post_hook(optimizer, lambda *_: called.append("first"))
+    try:
+        assert len(door.process_step_post_hooks()) == before + 1
+        assert len(door.step_post_hooks(optimizer)) == 2
+        optimizer.step()
+    finally:
+        handle.remove()
+        first.remove()
+    assert called == ["first", "own", "process"]
+    assert len(door.step_post_hooks(optimizer)) == 1
+    assert len(door.process_step_post_hooks()) == before
+
+
+def test_hooks_on_a_gradient_are_seen() -> None:
+    """`register_hook` of a leaf fills the attribute; without a hook it is None or empty."""
+    param = leaf()
+    assert not door.gradient_hooks(param)
+    handle = param.register_hook(lambda grad: grad)
+    assert len(door.gradient_hooks(param)) == 1
+    handle.remove()
+    assert not door.gradient_hooks(param)
+
+
+def test_a_parameter_that_fsdp1_has_flattened_says_so() -> None:
+    """Parts of a flat parameter carry a mark of FSDP1, and no other parameter does."""
+    flat_param = pytest.importorskip("torch.distributed.fsdp._flat_param")
+    param = nn.Parameter(torch.ones(2))
+    assert not door.is_part_of_flat_parameter(param)
+    flat_param._set_fsdp_flattened(param)
+    assert door.is_part_of_flat_parameter(param)
+
+
 def test_a_checkpoint_makes_its_state_in_a_function_of_this_name() -> None:
     """The steps of torch.distributed.checkpoint that make a state have such a frame below them."""
     state_dict = pytest.importorskip("torch.distributed.checkpoint.state_dict")
@@ -431,6 +474,7 @@ ALLOWED = {
     "_modules": "of nn.Module: likewise",
     "_foreach_add_": "the kernel of torch.optim, public by use",
     "_foreach_mul_": "the kernel of torch.optim, public by use",
+    "_foreach_norm": "the kernel of torch.nn.utils, public by use",
     "_ConvNd": "the base class of the public convolutions",
     "_NormBase": "the base class of the public normalizations",
     "_BatchNorm": "the base class of the public normalizations, which recipes name",

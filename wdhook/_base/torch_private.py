@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeVar, cast
 
 import torch
@@ -71,6 +72,10 @@ def hooks_of(param: Tensor) -> Mapping[int, Any]:
     return param._post_accumulate_grad_hooks or {}
 
 
+gradient_hooks = attrgetter("_backward_hooks")
+"""Hooks on the gradient of a tensor; LOMO updates parameters in those of other parameters."""
+
+
 # Tensors ---------------------------------------------------------------------------------------
 
 
@@ -116,6 +121,11 @@ def is_storage_of(known: StorageWeakRef | None, tensor: Tensor) -> bool:
         return False
     local = getattr(tensor, "_local_tensor", tensor)
     return bool(known.cdata == local.untyped_storage()._cdata)
+
+
+def is_part_of_flat_parameter(param: Tensor) -> bool:
+    """Tell a parameter that FSDP1 shows as a part of its flat parameter (``use_orig_params``)."""
+    return hasattr(param, "_fsdp_flattened")
 
 
 # Optimizers ------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def learning_rate(group: Mapping[str, Any], given: LearningRate | None) -> Numbe
         return _called(given, group)
     if given is not None:
         return given
-    lr: Any = group.get("lr")
+    lr: Number | None = group.get("lr")
     if lr is None:
         raise LearningRateError(
             Problem(
@@ -47,11 +47,10 @@ def learning_rate(group: Mapping[str, Any], given: LearningRate | None) -> Numbe
                 {"group['lr']": repr(lr)},
             )
         )
-    if (
-        "d" in group and "beta2_decay" not in group
-    ):  # torch's Adafactor calls its clipping threshold `d`
+    # torch's Adafactor calls its clipping threshold `d`.
+    if "d" in group and "beta2_decay" not in group:
         return _estimated(group)
-    return lr  # type: ignore[no-any-return]
+    return lr
 
 
 def _called(given: Callable[[Mapping[str, Any]], Number], group: Mapping[str, Any]) -> Number:
@@ -92,7 +91,8 @@ def _estimated(group: Mapping[str, Any]) -> Number:
         return step
     beta1, beta2 = group["betas"][:2]
     count = group["k"] + 1  # Adam's correction for the step that is coming
-    return step * ((1 - beta2**count) ** 0.5 / (1 - beta1**count))
+    corrections: float = (1 - beta2**count) ** 0.5 / (1 - beta1**count)
+    return step * corrections
 
 
 def known_rates(group: Mapping[str, Any]) -> list[Number]:

@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from .._base.torch_private import (
     at_the_end_of_the_pass,
+    gradient_hooks,
     graph_task_id,
     hooks_of,
     in_compiled_autograd,
@@ -51,8 +52,8 @@ from .window import (
 )
 from .zeroing import Witness, is_distributed
 
-Note = tuple[Tensor, "Hook", int]
-"""A parameter, its hook, and the steps of its clock when the gradient came."""
+Note = tuple[Tensor, "Hook", Clock, int]
+"""A parameter, its hook, and its clock with the steps that it had when the gradient came."""
 
 
 class Hook(Entry):
@@ -73,8 +74,9 @@ class Hook(Entry):
             notes = passes.begin(param, self)
         if self.stamp == self.clock.steps:
             passes.look(self, param)
-        notes.append((param, self, self.clock.steps))
-        if passes.others and len(hooks_of(param)) > 1:
+        clock = self.clock
+        notes.append((param, self, clock, clock.steps))
+        if passes.others and (gradient_hooks(param) or len(hooks_of(param)) > 1):
             passes.pay_now(notes)
 
 
@@ -217,9 +219,9 @@ class Passes:
         notes = self.notes.pop(task, None)
         if not notes:
             return
-        param, hook, steps = notes[0]
+        param, hook, clock, steps = notes[0]
         first, self._first = self._first, None
-        same = first is not None and first[0] is param and hook.clock.steps == steps
+        same = first is not None and first[0] is param and _is_now(hook, clock, steps)
         if same and first is not None and version(param) != first[1]:
             self._tell("moved-in-the-pass", hook)
         self.pay(notes)
@@ -238,7 +240,9 @@ class Passes:
         """Pay for noted parameters whose gradient is there and holds no decay."""
         state = self._state
         dues: dict[Terms, Due] = {}
-        for param, hook, steps in notes:
+        for param, hook, clock, steps in notes:
+            if not _is_now(hook, clock, steps):
+                continue  # stepped meanwhile, and decayed by that step
             grad = param.grad
             if grad is None:
                 state.taken.add(hook.name)
@@ -246,8 +250,6 @@ class Passes:
             if hook.stamp == steps and not grad.is_sparse:
                 hook.look(grad)  # averaged since, or moved into a bucket
                 continue
-            if hook.clock.steps != steps:
-                continue  # stepped meanwhile, and decayed by that step
             if hook.buffer is None:
                 hook.born = min(hook.born, version(grad))
             due = dues.get(hook.terms)
@@ -259,7 +261,7 @@ class Passes:
         if dues and not state.pauses:
             pay(state, self._payable(dues), self._how)
         if not state.announced:
-            param, hook, _ = notes[0]
+            param, hook, *_ = notes[0]
             self.unannounced.remember(hook, param)
 
     def _payable(self, dues: dict[Terms, Due]) -> list[Due]:
@@ -291,6 +293,11 @@ class Passes:
         capturable = is_capturable(due.terms.owner_group())
         capturing = tensors.is_capturing()
         return How(config.foreach, scale, None, capturable, capturing, by_autograd=True)
+
+
+def _is_now(hook: Hook, clock: Clock, steps: int) -> bool:
+    """No step of the parameter has ended since its gradient came."""
+    return hook.clock is clock and clock.steps == steps
 
 
 def _is_change_by_user(hook: Hook, grad: Tensor) -> bool:

@@ -126,14 +126,12 @@ def captured_weight_decay(facts: Facts) -> Iterator[Problem]:
 
 def unannounced_steps(facts: Facts) -> Iterator[Problem]:
     """Report moving parameters without an announced optimizer step."""
-    config = facts.state.config
-    result = "each move is taken for a step" if config.in_backward else "no decay was made"
     yield Problem(
         "Parameters change between backward passes, and no optimizer step was announced by torch's "
-        f"step hooks: {result}. (A loop without torch.optim, an optimizer whose step() is replaced "
-        "or never called.)",
-        'Use attach(..., at="backward") and zero_grad(set_to_none=True), or call optimizer.step()',
-        {"parameter": facts.name, "at": config.at},
+        "step hooks: no decay was made. (A loop without torch.optim, an optimizer whose step() is "
+        "replaced or never called.)",
+        'Use attach(..., at="backward"), or call optimizer.step()',
+        {"parameter": facts.name, "at": facts.state.config.at},
         (facts.name,),
     )
 

@@ -12,40 +12,17 @@ from ..._base.errors import (
     UnsupportedOptimizerError,
     WdhookWarning,
 )
-from ..state import State
 from . import gradients, optimizers, ownership, scaling
 from .base import Moment, Rule
-
-
-def in_gradient(state: State) -> bool:
-    """Decay is added to gradients."""
-    return state.config.in_gradient
-
-
-def in_parameter(state: State) -> bool:
-    """Decay changes parameters."""
-    return not state.config.in_gradient
-
-
-def in_backward(state: State) -> bool:
-    """Decay is paid in the backward pass."""
-    return state.config.in_backward
-
-
-def gradient_in_backward(state: State) -> bool:
-    """Decay is added to gradients in the backward pass."""
-    return in_gradient(state) and in_backward(state)
-
-
-def parameter_in_backward(state: State) -> bool:
-    """Decay changes parameters in the backward pass."""
-    return in_parameter(state) and in_backward(state)
-
-
-def default_mode(state: State) -> bool:
-    """The caller has named no mode."""
-    return not state.config.said_mode
-
+from .where import (
+    at_step,
+    default_mode,
+    gradient_in_backward,
+    in_backward,
+    in_gradient,
+    in_parameter,
+    parameter_in_backward,
+)
 
 RULES = (
     # At `attach`.
@@ -432,7 +409,9 @@ RULES = (
             "parameters move between backward passes, and torch announces no step: a loop without "
             "`torch.optim`, an optimizer whose `step` is replaced or never called"
         ),
-        answer='at `"backward"` each move counts as a step; at `"step"` nothing is decayed',
+        answer='at `"step"` nothing is decayed; at `"backward"` each move counts as a step, which '
+        "is right and needs no word",
+        applies=at_step,
         asked=True,
     ),
     Rule(
