@@ -30,7 +30,7 @@ from ._base.errors import (
 )
 from ._decay.attach import adopt, attach
 from ._decay.functional import apply_weight_decay, l2_penalty
-from ._decay.handle import WeightDecay
+from ._decay.handle import Check, WeightDecay
 from ._decay.snapshot import Snapshot
 from ._plan.decide import param_groups, plan
 from ._plan.decision import Decision
@@ -49,6 +49,7 @@ __all__ = [
     "AmbiguousGradientError",
     "ArgumentError",
     "Audit",
+    "Check",
     "Decision",
     "DoubleDecayError",
     "Finding",

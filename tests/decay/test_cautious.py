@@ -331,3 +331,16 @@ def test_pending_decay_is_not_dropped() -> None:
         with pytest.raises(wdhook.ArgumentError, match=r"flush\(\)"):
             decay.load_state_dict(state)
         decay.load_state_dict(flushed)
+
+
+def test_the_check_tells_the_amount() -> None:
+    """`decay.check()` shows lr·λ, as it does for the same mode without the mask."""
+    amounts = []
+    for cautious in (True, False):
+        model = perceptron()
+        optimizer = SGD(model.parameters(), lr=LR)
+        with wdhook.attach(model, 0.5, **{**CAUTIOUS, "cautious": cautious}) as decay:
+            train(model, optimizer, batches(model, 1))
+            amounts.append(decay.check().decayed)
+    assert amounts[0] == pytest.approx(amounts[1])
+    assert set(amounts[0].values()) == {LR * 0.5}

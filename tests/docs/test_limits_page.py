@@ -527,8 +527,8 @@ def _sparse() -> None:
 def _hessian() -> None:
     model = line()
     wdhook.attach(model, λ)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, once for each process
+    with warnings.catch_warnings():  # torch warns of a cycle, once in a process
+        warnings.filterwarnings("ignore", r"Using backward\(\) with create_graph", UserWarning)
         model(X).square().sum().backward(create_graph=True)
     (second,) = torch.autograd.grad(model.weight.grad.sum(), model.weight)
     assert second.tolist() == [[2 * 1 * 3, 2 * 2 * 3]]  # 2·xxᵀ·(1, 1), without λ

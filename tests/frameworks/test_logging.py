@@ -137,3 +137,47 @@ def test_trainer_watch(net: nn.Module) -> None:
     assert [entry["step"] for entry in ours] == list(range(0, history[-1]["step"], 2))
     assert ours[0]["wdhook/norm/weight"] == pytest.approx(start, rel=1e-6)  # as above
     assert 0 < ours[0]["wdhook/share/weight"] < 1
+
+
+# -- one line for each logger ----------------------------------------------------------------------
+
+LINES = dict(re.findall(r"^\| (.+?) \| `(.+?)` \|$", PAGE.read_text(), re.MULTILINE))
+
+
+def one_snapshot(net: nn.Module) -> wdhook.Snapshot:
+    """Of a backward pass that has happened."""
+    with wdhook.attach(net, 0.05) as decay:
+        net(batches(net, 1)[0]).square().sum().backward()
+        return decay.snapshot()
+
+
+def test_wandb(net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line of the page, in a run that stays on this machine: its summary has each number."""
+    wandb = pytest.importorskip("wandb", reason="needs wandb", exc_type=ImportError)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    snapshot = one_snapshot(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with wandb.init(mode="offline", dir=str(tmp_path), project="wdhook") as run:
+            exec(LINES["Weights & Biases"], {"wandb": wandb, "snapshot": snapshot, "step": 3})
+            run.log({"later": 1.0}, step=4)  # wandb keeps a step back until the next one comes
+            written = {name: run.summary[name] for name in snapshot.scalars()}
+    assert written == snapshot.scalars()
+
+
+def test_mlflow(net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line of the page, into a folder: MLflow reads each number back, at its step."""
+    mlflow = pytest.importorskip("mlflow", reason="needs mlflow", exc_type=ImportError)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database needs another package
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    snapshot = one_snapshot(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mlflow.set_tracking_uri(tmp_path.as_uri())
+        mlflow.set_experiment("wdhook")
+        with mlflow.start_run() as run:
+            exec(LINES["MLflow"], {"mlflow": mlflow, "snapshot": snapshot, "step": 3})
+        client = mlflow.MlflowClient()
+        assert client.get_run(run.info.run_id).data.metrics == snapshot.scalars()
+        (norm,) = client.get_metric_history(run.info.run_id, "wdhook/norm/weight")
+    assert norm.step == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import inspect
 import sys
 import weakref
 from collections.abc import Iterator
@@ -426,6 +427,8 @@ def test_an_optimizer_in_a_communication_hook() -> None:
 def test_the_parts_of_a_pipeline_schedule() -> None:
     """Schedules have one base class, a number of micro-batches, and stages with a `submod`."""
     pipelining = pytest.importorskip("torch.distributed.pipelining")
+    if "scale_grads" not in inspect.signature(pipelining.ScheduleGPipe).parameters:
+        pytest.skip("this torch has no `scale_grads`")
     module = nn.Linear(2, 2)
     cpu = torch.device("cpu")
     stage = pipelining.PipelineStage(module, 0, 1, cpu)

@@ -68,7 +68,7 @@ def register_first(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHa
 
 
 def hooks_of(param: Tensor) -> Mapping[int, Any]:
-    """Post-accumulate-grad hooks of a parameter, in the order in which autograd calls them."""
+    """Post-accumulate-grad hooks of a parameter, in the order of the calls."""
     return param._post_accumulate_grad_hooks or {}
 
 
@@ -140,14 +140,14 @@ def step_pre_hooks(optimizer: Optimizer) -> dict[int, Any]:
 
 
 def step_post_hooks(optimizer: Optimizer) -> dict[int, Any]:
-    """The optimizer's own step post-hooks, which torch runs before those of the process."""
+    """The optimizer's own step post-hooks. torch runs the hooks of the process after."""
     return optimizer._optimizer_step_post_hooks
 
 
 def register_first_step_post_hook(
     optimizer: Optimizer, hook: Callable[..., None]
 ) -> RemovableHandle:
-    """Register a step post-hook that runs before those which are there already: they may raise."""
+    """Register a step post-hook before the hooks of others, which may raise."""
     handle: RemovableHandle = optimizer.register_step_post_hook(hook)
     hooks: Any = optimizer._optimizer_step_post_hooks
     hooks.move_to_end(handle.id, last=False)
@@ -155,7 +155,7 @@ def register_first_step_post_hook(
 
 
 def process_step_post_hooks() -> dict[int, Any]:
-    """The step post-hooks of the process, in the order in which torch runs them."""
+    """The step post-hooks of the process, in the order of the calls."""
     from torch.optim import optimizer
 
     return optimizer._global_optimizer_post_hooks

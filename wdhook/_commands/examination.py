@@ -101,7 +101,7 @@ class Examination:
         self.engines = self._engines()
 
     def run(self) -> None:
-        """Look, train a step, look again; nothing stays attached that was not before."""
+        """Look, train a step, look again. A handle of the doctor's is removed at the end."""
         with self._own:
             self._look()
         self.findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
@@ -161,7 +161,7 @@ class Examination:
             self._add_warning(message)
 
     def _train_without_decay(self) -> None:
-        """Train the step again: what gets a gradient does not depend on the decay."""
+        """Train the step again, for the gradients: decay has no part in them."""
         with ExitStack() as stack:
             for engine in self.engines:
                 stack.enter_context(engine.paused())
@@ -200,7 +200,7 @@ class Examination:
             self._add(Finding("warning", "rounds-away", problem, "rounds-away"))
 
     def _look_at_strangers(self, moved: bool) -> None:
-        """Look at tensors in the param groups that are not of the model.
+        """Look at foreign tensors in the param groups.
 
         Args:
             moved: parameters that no optimizer owns have changed.
@@ -258,7 +258,7 @@ class Examination:
             self._add(finding)
 
     def _add(self, finding: Finding) -> None:
-        """Add a finding unless there is one that says the same, of whatever severity."""
+        """Add a finding, unless an equal one of any severity is there."""
         for known in self.findings:
             if replace(known, severity=finding.severity, rule=finding.rule) == finding:
                 return
@@ -271,7 +271,7 @@ def _announces(optimizer: Any) -> bool:
 
 @contextmanager
 def _without_own_decay(optimizers: Iterable[Any]) -> Iterator[None]:
-    """Set ``weight_decay`` to 0: what the optimizers decay is known by now, and ends the step."""
+    """Set ``weight_decay`` to 0: the optimizers' decay is known by now, and would end the step."""
     groups = looks.decaying_groups(looks.innermost_of(optimizers))
     before = [group["weight_decay"] for group in groups]
     for group in groups:
@@ -285,7 +285,7 @@ def _without_own_decay(optimizers: Iterable[Any]) -> Iterator[None]:
 
 @contextmanager
 def _recorded() -> Iterator[list[WdhookWarning]]:
-    """Record the warnings of wdhook; those of others are shown as ever."""
+    """Record the warnings of wdhook, and show all others as ever."""
     ours: list[WdhookWarning] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", WdhookWarning)

@@ -37,7 +37,7 @@ class Finding:
 
     @property
     def do(self) -> str:
-        """The call or the change that mends it."""
+        """The call or the change that mends the training."""
         return self.problem.fix
 
     @property

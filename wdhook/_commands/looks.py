@@ -1,4 +1,4 @@
-"""Looks at optimizers and parameters that need neither a handle nor a step."""
+"""Looks at optimizers and parameters, without a handle and without a step."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def innermost_of(optimizers: Iterable[Any]) -> list[Any]:
-    """The optimizers inside wrappers, and those that are none."""
+    """The optimizers inside wrappers, and optimizers without a wrapper."""
     found: list[Any] = []
     for optimizer in optimizers:
         found.extend(innermost(optimizer))
@@ -79,7 +79,7 @@ def lambdas_of(groups: Iterable[Mapping[str, Any]]) -> str:
 
 
 def decays_by_groups(optimizers: Sequence[Any], plan: Plan, names: Names) -> bool:
-    """Tell a training whose optimizers decay weights and nothing that the plan exempts."""
+    """Tell optimizers with a decay of weights, and of nothing exempt by the plan."""
     decaying = ids_in(decaying_groups(innermost_of(optimizers)))
     if decaying.isdisjoint(names.ids(plan.decayed)):
         return False
@@ -87,7 +87,7 @@ def decays_by_groups(optimizers: Sequence[Any], plan: Plan, names: Names) -> boo
 
 
 def group_decay(optimizers: Sequence[Any], plan: Plan, names: Names) -> Finding:
-    """The note that the optimizers decay by their param groups, so that no handle is attached."""
+    """The note about decay by param groups, beside which no handle is attached."""
     groups = decaying_groups(innermost_of(optimizers))
     missing = names.of(names.ids(plan.decayed) - ids_in(groups))
     facts: dict[str, object] = {"the optimizer's weight_decay": lambdas_of(groups)}
@@ -102,7 +102,7 @@ def group_decay(optimizers: Sequence[Any], plan: Plan, names: Names) -> Finding:
 def exempt_decayed(
     optimizers: Sequence[Any], plans: Sequence[Plan], governed: set[int], names: Names
 ) -> Iterator[Finding]:
-    """Find parameters that an optimizer decays and every plan exempts."""
+    """Find parameters decayed by an optimizer and exempt by every plan."""
     groups = decaying_groups(optimizers)
     exempt = names.of(ids_in(groups) - governed)
     if not exempt or not plans:
@@ -123,7 +123,7 @@ def exempt_decayed(
 
 
 def two_owners(optimizers: Sequence[Any], names: Names) -> Iterator[Finding]:
-    """Find parameters of two optimizers, neither of which holds the other one."""
+    """Find parameters of two optimizers, wrappers aside."""
     inside: set[int] = set()
     for optimizer in optimizers:
         inside.update(map(id, inner_optimizers(optimizer)))
@@ -146,7 +146,7 @@ def two_owners(optimizers: Sequence[Any], names: Names) -> Iterator[Finding]:
 
 
 def unowned(keys: Iterable[int], names: Names) -> Iterator[Finding]:
-    """Report parameters that no optimizer owns and that did not move in the step."""
+    """Report parameters without an optimizer and without a change in the step."""
     found = names.of(keys)
     if found:
         yield warning(
@@ -159,7 +159,7 @@ def unowned(keys: Iterable[int], names: Names) -> Iterator[Finding]:
 
 
 def without_gradient(keys: Iterable[int], names: Names) -> Iterator[Finding]:
-    """Report parameters that got no gradient."""
+    """Report parameters without a gradient."""
     found = names.of(keys)
     if found:
         yield warning(
@@ -172,7 +172,7 @@ def without_gradient(keys: Iterable[int], names: Names) -> Iterator[Finding]:
 
 
 def strangers(optimizers: Sequence[Any], names: Names) -> Iterator[Finding]:
-    """Find tensors in param groups that are no parameters of the model."""
+    """Find foreign tensors in param groups."""
     found = []
     for optimizer in innermost_of(optimizers):
         for index, group in enumerate(optimizer.param_groups):
@@ -195,7 +195,7 @@ def strangers(optimizers: Sequence[Any], names: Names) -> Iterator[Finding]:
 
 
 def master_weights(severity: str) -> Finding:
-    """The finding of an optimizer that steps copies of the parameters."""
+    """The finding of an optimizer of copies of the parameters."""
     return Finding(
         severity,
         "master-weights",
@@ -209,7 +209,7 @@ def master_weights(severity: str) -> Finding:
 
 
 def keeps_masters(optimizer: Any, params: Iterable[Tensor]) -> bool:
-    """Tell an optimizer whose state holds float32 copies of low-precision parameters."""
+    """Tell an optimizer with float32 copies of low-precision parameters in the state."""
     state: Mapping[Any, Any] = getattr(optimizer, "state", {})
     for param in params:
         if param.dtype not in (torch.float16, torch.bfloat16) or param not in state:

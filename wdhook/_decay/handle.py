@@ -4,16 +4,153 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
+
+from torch.nn.parameter import is_lazy
 
 from .._base.errors import ArgumentError, WdhookError
 from .._base.problem import Problem
 from .._base.validate import check_factor
 from .._plan.plan import Plan
 from .engine import Engine
+from .entry import Entry
 from .rate import NO_PROGRESS
 from .snapshot import By, Snapshot
+
+_SHOWN = 6  # names in a line of a check
+
+
+@dataclass
+class Check:
+    """What the last optimizer step has decayed, and by how much. Made by `WeightDecay.check`.
+
+    ``print`` it: one sentence, and a line for each kind of parameter that was not decayed.
+
+    Attributes:
+        steps: finished steps of optimizers that own a parameter of the plan.
+        decayed: parameter name → the multiple of the parameter in the last decay: λ, where λ·p was
+            added to the gradient (coupled); lr·λ, where lr·λ·p was subtracted from the parameter.
+        numel: number of elements of the decayed parameters.
+        absent: names that earlier steps have decayed and the last one has not.
+        undecayed: names with a λ other than 0 that no step has decayed so far.
+        frozen: names with a λ other than 0 that do not require a gradient.
+        in_gradient: the decay is added to gradients (coupled).
+        announced: torch announces the steps of the optimizer.
+        paused: taken inside of `WeightDecay.paused`.
+        removed: the handle is removed, or its model is gone.
+    """
+
+    steps: int = 0
+    decayed: dict[str, float] = field(default_factory=dict)
+    numel: int = 0
+    absent: list[str] = field(default_factory=list)
+    undecayed: list[str] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
+    in_gradient: bool = True
+    announced: bool = True
+    paused: bool = False
+    removed: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """The last step has decayed something, and no trained parameter of the plan is without
+        decay."""
+        stepped = self.steps > 0 or not self.announced
+        return bool(self.decayed) and stepped and not self.undecayed
+
+    @property
+    def sentence(self) -> str:
+        """The first line: what was decayed, by how much, or why nothing was."""
+        if self.removed:
+            return "Nothing is decayed: the handle is removed, or its model is gone."
+        trained = len(self.decayed) + len(self.absent) + len(self.undecayed)
+        if not trained:
+            why = "all parameters of the plan are frozen" if self.frozen else "λ is 0"
+            return f"Nothing is decayed: {why}."
+        if self.steps == 0 and not self.decayed:
+            return "Nothing is decayed so far: no optimizer has stepped a parameter of the plan."
+        when = f"step {self.steps}" if self.steps else "the last backward pass"
+        if not self.decayed:
+            why = " (decay is paused)" if self.paused else ""
+            return f"Nothing was decayed by {when}{why}: 0 of {trained} weights."
+        claim = "Decay works" if self.ok else "Decay is incomplete"
+        if not self.steps and self.announced:
+            claim = "No optimizer step yet"
+        share = f"{len(self.decayed)} of {trained} weights"
+        return f"{claim}: {when} decayed {share}, {self.numel:,} elements; {self._amounts()}."
+
+    def _amounts(self) -> str:
+        counts: dict[str, int] = {}
+        for amount in self.decayed.values():
+            text = f"{amount:g}·p"
+            counts[text] = counts.get(text, 0) + 1
+        where = "added to the gradient" if self.in_gradient else "subtracted from the parameter"
+        if len(counts) == 1:
+            return f"{next(iter(counts))} {where}"
+        if len(counts) <= 3:
+            return f"{where}: " + ", ".join(f"{text} ({n})" for text, n in counts.items())
+        low, high = min(self.decayed.values()), max(self.decayed.values())
+        return f"{where}: {low:g}·p to {high:g}·p"
+
+    def __str__(self) -> str:
+        lines = [self.sentence]
+        kinds = {
+            "no decay so far": self.undecayed,
+            "not in the last step (no gradient, or decay was paused)": self.absent,
+            "frozen": self.frozen,
+        }
+        for kind, names in kinds.items():
+            if names:
+                more = f", ... {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+                lines.append(f"  {kind}: {len(names)}: {', '.join(names[:_SHOWN])}{more}")
+        if self.undecayed and not self.paused:
+            lines.append(
+                "  A weight is decayed when it has a gradient and an optimizer steps it; "
+                "`python -m wdhook doctor` finds what is missing"
+            )
+        return "\n".join(lines)
+
+
+def _checked(engine: Engine) -> Check:
+    """Read what the engine has kept of the last payments. Waits for the device where ``lr`` is a
+    tensor."""
+    state = engine.state
+    clocks = {id(entry.clock): entry.clock for entry in state.parameters.entries()}
+    check = Check(
+        steps=state.steps or max((clock.steps for clock in clocks.values()), default=0),
+        in_gradient=state.config.in_gradient,
+        announced=all(clock.announced for clock in clocks.values()),
+        paused=state.pauses > 0,
+    )
+    decided = state.parameters.decided()
+    for found in state.parameters.walk():
+        known = decided.get(id(found.param))
+        if known is None or not known.decision.eligible:
+            continue
+        entry = state.parameters.entry(found.param)  # at "step" there is none before the first one
+        λ = state.rate.weight_decay if known.decision.follows else known.decision.weight_decay
+        if entry is not None:
+            λ = entry.weight_decay
+        if not λ:
+            continue
+        if not found.param.requires_grad:
+            check.frozen.append(found.name)
+        elif entry is None or not entry.receipt.number or _is_unowned(entry, state.announced):
+            check.undecayed.append(found.name)
+        elif entry.stamp < max(0, entry.clock.steps - 1):
+            check.absent.append(found.name)
+        else:
+            number = entry.receipt.number
+            check.decayed[found.name] = float(state.config.formula.amount_of(number))
+            check.numel += 0 if is_lazy(found.param) else found.param.numel()
+    return check
+
+
+def _is_unowned(entry: Entry, announced: bool) -> bool:
+    """Steps were announced, and none of an optimizer that owns the parameter."""
+    return announced and entry.terms.owner is None
 
 
 _NOTHING: Mapping[str, Any] = {**NO_PROGRESS, "memory": ()}
@@ -107,9 +244,11 @@ class WeightDecay:
         new = check_factor(value)
         if self._engine is not None and self._engine.state.config.schedule is not None:
             raise ArgumentError(
-                "`weight_decay` follows the schedule that `attach` was given, which sets it after each step.\n"
+                "`weight_decay` follows the schedule that `attach` was given, which sets it after "
+                "each step.\n"
                 f"  schedule: {self._engine.state.config.schedule!r}\n"
-                "  Put what you want into that function of the step, or attach with a number and set that"
+                "  Put what you want into that function of the step, or attach with a number and "
+                "set that"
             )
         self._set(new)
 
@@ -148,8 +287,7 @@ class WeightDecay:
         >>> with torch.no_grad():
         ...     _ = model.weight.fill_(2.0)
         >>> decay = wdhook.attach(model, 0.5)
-        >>> # the loss gives the weight a gradient of 1, the decay another 1
-        >>> model(torch.ones(1, 1)).sum().backward()
+        >>> model(torch.ones(1, 1)).sum().backward()  # a gradient of 1, and 1 more by the decay
         >>> snapshot = decay.snapshot()
         >>> snapshot.to_dict()["groups"]["weight"]
         {'numel': 1, 'norm': 2.0, 'grad_norm': 1.0, 'cos': 1.0, 'share': 0.5}
@@ -160,6 +298,31 @@ class WeightDecay:
         if self._engine is None or self._engine.closed:
             raise WdhookError("`snapshot` needs a handle that is attached, and this one is removed")
         return Snapshot(self._engine, by)
+
+    def check(self) -> Check:
+        """Tell what the last optimizer step has decayed, and by how much; ``print`` it.
+
+        Costs nothing in training: it reads what each payment has left. ``print(handle)`` prints the
+        same. Take it after ``optimizer.step()``.
+
+        >>> import torch, wdhook
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> decay = wdhook.attach(model, 0.5)
+        >>> print(decay.check())
+        Nothing is decayed so far: no optimizer has stepped a parameter of the plan.
+          no decay so far: 1: weight
+          A weight is decayed when it has a gradient and an optimizer steps it; \
+`python -m wdhook doctor` finds what is missing
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step()
+        >>> print(decay.check())
+        Decay works: step 1 decayed 1 of 1 weights, 6 elements; 0.5·p added to the gradient.
+        >>> decay.remove()
+        """
+        if self._engine is None or self._engine.closed:
+            return Check(removed=True)
+        return _checked(self._engine)
 
     def state_dict(self) -> dict[str, Any]:
         """λ, what a schedule cannot recompute and what deferred decay has not written, as plain
@@ -193,8 +356,10 @@ class WeightDecay:
             and not state["finished_steps"]
         ):
             raise ArgumentError(
-                "`state` is of a handle without a schedule: it does not say how many steps were finished.\n"
-                f"  weight_decay: {state['weight_decay']!r}, then; now {self._engine.state.config.schedule!r}\n"
+                "`state` is of a handle without a schedule: it does not say how many steps were "
+                "finished.\n"
+                f"  weight_decay: {state['weight_decay']!r}, then; "
+                f"now {self._engine.state.config.schedule!r}\n"
                 "  Attach with the number, or do not load this state"
             )
         if state["memory"] and self._engine is not None:
@@ -218,15 +383,22 @@ class WeightDecay:
 
     def __repr__(self) -> str:
         plan = self.plan
-        life = (
-            "removed"
-            if self._engine is None or self._engine.closed
-            else f"steps={self._engine.state.steps}"
-        )
+        decayed = len(plan.decayed)
+        if self._engine is None or self._engine.closed:
+            life = "removed"
+        else:
+            life = f"steps={self._engine.state.steps}"
+            frozen = len(_checked(self._engine).frozen)
+            if frozen:
+                decayed -= frozen
+                life = f"frozen={frozen}, {life}"
         return (
             f"WeightDecay({plan.weight_decay:g}, mode={self.mode!r}, at={self.at!r}, "
-            f"decayed={len(plan.decayed)} of {len(plan)} tensors, {life})"
+            f"decayed={decayed} of {len(plan)} tensors, {life})"
         )
+
+    def __str__(self) -> str:
+        return str(self.check())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A model may keep its handle as an attribute and still be copied: its copy has no hooks.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +18,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .._base.errors import ArgumentError
+
+Recipe = Literal[
+    "forum",
+    "timm",
+    "huggingface",
+    "nanogpt",
+    "detectron2",
+    "mmengine",
+    "megatron",
+    "fastai",
+    "swin",
+]
+"""Names of the rules that can be followed."""
 
 Rule = Callable[[nn.Module], Iterable[tuple[str, str | None]]]
 """Model → (parameter name, why it is exempt or None) for every parameter."""

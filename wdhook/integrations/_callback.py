@@ -7,22 +7,26 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from .. import ArgumentError, Plan, UnsupportedOptimizerError, WeightDecay, attach
 
+# Not for typing alone: tools that read a YAML file look the types up here.
+from .._decay.arguments import Mode, Moment
+from .._decay.optimizers import LearningRate
+from .._plan.overrides import Overrides
+from .._plan.recipes import Recipe
+
 if TYPE_CHECKING:
     from torch import nn
 
-    from .._decay.optimizers import LearningRate
-    from .._plan.overrides import Overrides
     from ..schedules import Schedule
 
 
 class Arguments(TypedDict, total=False):
     """The keyword arguments of `wdhook.attach`, less those that a framework knows itself."""
 
-    mode: str
-    at: str
+    mode: Mode | None
+    at: Moment
     lr: LearningRate | None
     overrides: Overrides | None
-    recipe: str | None
+    recipe: Recipe | None
     foreach: bool | None
     low_precision: str | None
     cautious: bool

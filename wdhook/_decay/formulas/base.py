@@ -93,6 +93,10 @@ class Formula:
         """
         raise NotImplementedError
 
+    def amount_of(self, number: Number) -> Number:
+        """The multiple of a parameter that a payment with that number takes or adds."""
+        return 1 - number
+
     def taken(self, before: Tensor, change: Tensor, number: Number) -> Tensor:
         """The part of a change that is decay, for a formula that changes parameters.
 

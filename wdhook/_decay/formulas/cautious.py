@@ -43,6 +43,10 @@ class Cautious(Formula):
         """The share of a value that one step takes away, where the update agrees."""
         return self._formula.amount(rates)
 
+    def amount_of(self, number: Number) -> Number:
+        """The number itself; of values that the mask spares nothing is taken."""
+        return number
+
     def taken(self, before: Tensor, change: Tensor, number: Number) -> Tensor:
         """The decay agrees with the whole change where it agrees with the update alone."""
         return before * number * (torch.sign(before) * torch.sign(change) >= 0)

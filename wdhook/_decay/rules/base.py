@@ -19,7 +19,7 @@ from ..state import State
 
 
 class Moment(enum.Enum):
-    """Moments of a training, each with its rules."""
+    """Moments of a training, each with rules."""
 
     ATTACH = "at `attach`"
     BACKWARD = "in the backward pass"
@@ -77,7 +77,7 @@ Looks = Callable[[Facts], Iterable[Problem]]
 
 @dataclass(frozen=True)
 class Rule:
-    """One cause of a wrong decay, with the error or warning about it.
+    """A cause of a wrong decay, with the error or warning.
 
     Attributes:
         id: in errors, in docs/limits.md, and in the names of the tests.
@@ -114,7 +114,7 @@ FIRST_STEPS = 3
 
 
 class Rules:
-    """The rules of one handle, with their counts and warnings so far."""
+    """The rules of a handle, with counts and warnings so far."""
 
     def __init__(self, table: Iterable[Rule], state: State) -> None:
         self._state = state
@@ -140,12 +140,12 @@ class Rules:
             self._say(rule, problem)
 
     def look(self, id: str, facts: Facts) -> list[Problem]:  # noqa: A002
-        """The problems of one rule, at any moment and under any configuration."""
+        """The problems of a rule, at any moment and under any configuration."""
         _, looks = self._looks[id]
         return list(looks(facts))
 
     def tell(self, id: str, facts: Facts) -> None:  # noqa: A002
-        """Raise or warn about a situation that the caller has met, by the id of its rule."""
+        """Raise or warn about a situation met by the caller, by the id of the rule."""
         rule, looks = self._looks[id]
         if id in self._warned or not rule.applies(self._state):
             return

@@ -38,7 +38,7 @@ def ambiguous(facts: Facts) -> Iterator[Problem]:
 
 
 def changed_between(facts: Facts) -> Iterator[Problem]:
-    """Report a gradient changed in place between two backward passes of one step."""
+    """Report a gradient changed in place between the backward passes of a step."""
     yield _of_parameter(
         facts,
         "A gradient that holds the decay of this step was changed in place (clipped, scaled) "
@@ -90,7 +90,7 @@ def second_gradient(facts: Facts) -> Iterator[Problem]:
 
 
 def stepped_again(facts: Facts) -> Iterator[Problem]:
-    """Report a second step with the gradient of the last one, decay included."""
+    """Report a second step with an old gradient, decay included."""
     yield _of_parameter(
         facts,
         "A gradient was stepped again, and its version has not changed since the last decay: it "
@@ -103,7 +103,7 @@ def stepped_again(facts: Facts) -> Iterator[Problem]:
 
 
 def replayed_backward(facts: Facts) -> Iterator[Problem]:
-    """Report a CUDA gradient changed since the last step without a call of its hook."""
+    """Report a CUDA gradient changed since the last step without a call of the hook."""
     yield _of_parameter(
         facts,
         "A gradient has changed since the last step, and no backward pass has called its hook: it "
@@ -137,7 +137,7 @@ def unannounced_steps(facts: Facts) -> Iterator[Problem]:
 
 
 def moved_in_the_pass(facts: Facts) -> Iterator[Problem]:
-    """Report a parameter updated in the backward pass before its decay."""
+    """Report a parameter updated in the backward pass before the decay."""
     yield _of_parameter(
         facts,
         "A parameter was changed in place during the backward pass, after its gradient had come "
@@ -159,7 +159,7 @@ def schedule_waits(facts: Facts) -> Iterator[Problem]:
 
 
 def undecayed(facts: Facts) -> Iterator[Problem]:
-    """Report gradients that a finished step has read without decay."""
+    """Report gradients read by a finished step without decay."""
     for param, entry in facts.suspects:
         yield Problem(
             "A step has ended in which a decayed parameter got a gradient that no decay has "

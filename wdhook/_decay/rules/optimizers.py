@@ -43,7 +43,7 @@ def own_decay(facts: Facts) -> Iterator[Problem]:
 
 
 def _names(buckets: list[Bucket]) -> tuple[str, ...]:
-    """Names of the parameters that are decayed with a λ other than 0."""
+    """Names of the decayed parameters, without those of λ = 0."""
     names: list[str] = []
     for terms, pairs in buckets:
         if terms.weight_decay:
@@ -87,7 +87,7 @@ def _double(
 
 
 def first_active(buckets: list[Bucket]) -> tuple[Terms, Any, Entry] | None:
-    """The first parameter of a param group with a λ other than 0."""
+    """The first decayed parameter of a param group with λ > 0."""
     for terms, pairs in buckets:
         if terms.weight_decay:
             return terms, *pairs[0]
@@ -196,7 +196,7 @@ def differentiates_gradients(facts: Facts) -> Iterator[Problem]:
 
 
 def sign_has_turned(facts: Facts) -> Iterator[Problem]:
-    """Find gradients decayed for the other value of `maximize`."""
+    """Find gradients decayed for the opposite value of `maximize`."""
     for index, buckets in enumerate(facts.owned.buckets):
         group = facts.optimizer.param_groups[index]
         sign = -1.0 if maximizes(facts.optimizer, group) else 1.0
@@ -207,13 +207,10 @@ def sign_has_turned(facts: Facts) -> Iterator[Problem]:
 
 
 def _has_turned(param: Tensor, entry: Entry, sign: float) -> bool:
-    """Tell a gradient that holds decay with the other sign.
-
-    Zeroed gradients hold none. Only suspects are read.
-    """
+    """Tell a gradient with a decay of the opposite sign. Reads suspects alone."""
     if entry.receipt.sign == sign or not entry.paid or param.grad is None:
         return False
-    return is_not_zero(param.grad)
+    return is_not_zero(param.grad)  # a zeroed gradient holds none
 
 
 def _turned(facts: Facts, entry: Entry, sign: float) -> Problem:
@@ -231,7 +228,7 @@ def _turned(facts: Facts, entry: Entry, sign: float) -> Problem:
 
 
 def pipeline_divides(facts: Facts) -> Iterator[Problem]:
-    """Find a pipeline schedule that divides gradients, with their decay, by the micro-batches."""
+    """Find a pipeline schedule with a division of gradients, decay included, by micro-batches."""
     kind = pipeline_schedules()
     if kind is None:
         return

@@ -62,7 +62,7 @@ def master_weights(name: str, param: Tensor, optimizer: str, taken: bool = False
 
 
 class StepsCopies:
-    """Finds an optimizer of copies of decayed parameters: decay at its step would be lost.
+    """Finds an optimizer of copies of decayed parameters: decay at the step would be lost.
 
     A given optimizer that owns nothing of the model needs no proof. Any other one is recognised by
     content: copies start with the values of the parameters.
@@ -72,7 +72,7 @@ class StepsCopies:
         self._cleared: set[int] = set()  # ids of optimizers that were seen to step no copies
 
     def __call__(self, facts: Facts) -> Iterator[Problem]:
-        """Look at an optimizer of other tensors, while no optimizer of the model is known."""
+        """Look at a foreign optimizer, while no optimizer of the model is known."""
         if _is_of_others(facts) and not facts.state.optimizers.met():
             if facts.state.optimizers.was_given(facts.optimizer):
                 yield from _given_beside(facts)
@@ -91,7 +91,7 @@ class StepsCopies:
 
 
 def _given_beside(facts: Facts) -> Iterator[Problem]:
-    """The problem of a given optimizer that owns nothing of the model."""
+    """The problem of a given optimizer without a parameter of the model."""
     taken = bool(facts.state.taken)
     first = next(_waiting(facts), None) or next(_decayed(facts), None)
     if first is not None and (taken or not _travels(facts.state)):
@@ -165,7 +165,7 @@ def living_optimizers() -> Iterator[Any]:
 
 
 def gradient_was_taken(facts: Facts) -> Iterator[Problem]:
-    """Find a step of an optimizer of other tensors, after gradients were taken away."""
+    """Find a step of a foreign optimizer, after gradients were taken away."""
     state = facts.state
     if not state.taken or not _is_of_others(facts):
         return
@@ -189,14 +189,14 @@ def gradient_was_taken(facts: Facts) -> Iterator[Problem]:
 
 
 class NeverSteps:
-    """Finds a handle on a model that no optimizer trains: a copy is trained, or another model."""
+    """Finds a handle on an untrained model: a copy is trained, or another model."""
 
     def __init__(self) -> None:
         self._foreign = 0
         self._next = _PATIENCE
 
     def __call__(self, facts: Facts) -> Iterator[Problem]:
-        """Count the steps of other optimizers until one of the model's steps."""
+        """Count the steps of foreign optimizers until the first step of the model."""
         if facts.state.steps or not _is_of_others(facts):
             return
         self._foreign += 1
@@ -230,7 +230,7 @@ def _will_step(facts: Facts) -> bool:
 
 
 class TwoStep:
-    """Finds parameters stepped in turn by a given optimizer and another one. Each step decays."""
+    """Finds parameters stepped in turn by a given optimizer and another. Each step decays."""
 
     def __init__(self) -> None:
         self._given_has_stepped = False
@@ -238,7 +238,7 @@ class TwoStep:
         self._last_owned: set[int] = set()  # ids of its entries
 
     def __call__(self, facts: Facts) -> Iterator[Problem]:
-        """Remember each optimizer that steps, and compare a given one with the last of others."""
+        """Remember each stepping optimizer, and compare a given one with the last foreign one."""
         optimizers = facts.state.optimizers
         if not optimizers.given():
             return

@@ -14,7 +14,7 @@ from ..._base.errors import (
 )
 from . import gradients, optimizers, ownership, scaling
 from .base import Moment, Rule
-from .where import (
+from .conditions import (
     at_step,
     default_mode,
     gradient_in_backward,

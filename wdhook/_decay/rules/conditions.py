@@ -1,4 +1,4 @@
-"""Where rules apply: decided once for a handle, by its configuration."""
+"""The configurations of a handle under which rules apply."""
 
 from __future__ import annotations
 
