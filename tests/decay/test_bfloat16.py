@@ -3,6 +3,7 @@ away."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -45,7 +46,8 @@ def test_parameters_of_low_precision(
     options = {"lr": LR} if kind is SGD else {"lr": LR, "eps": 1e-3}  # float16 has no 1e-8
     model, twin = twins(perceptron(dtype))
     optimizer = kind(model.parameters(), weight_decay=0, foreach=foreach, **options)
-    with wdhook.attach(model, 0.3, mode=mode, at=at, optimizer=optimizer, foreach=foreach):
+    rounded = {"foreach": foreach, "low_precision": "round"}
+    with wdhook.attach(model, 0.3, mode=mode, at=at, optimizer=optimizer, **rounded):
         train(model, optimizer, batches(model, 8))
     reference = kind(own_groups(twin, 0.3), foreach=foreach, **options)
     train(twin, reference, batches(twin, 8))
@@ -59,7 +61,7 @@ def test_decay_written_by_hand(mode: str, dtype: torch.dtype) -> None:
     """One backward pass against the formula in float64, rounded to the precision of the tensor."""
     model, twin = twins(perceptron(dtype))
     optimizer = SGD(model.parameters(), lr=LR)
-    with wdhook.attach(model, λ, mode=mode, optimizer=optimizer):
+    with wdhook.attach(model, λ, mode=mode, optimizer=optimizer, low_precision="round"):
         loss_of(model, batches(model, 1)[0]).backward()
     loss_of(twin, batches(twin, 1)[0]).backward()
     for weight, other in zip(weights(model), weights(twin), strict=True):
@@ -131,7 +133,8 @@ def test_the_warning_comes_where_decay_rounds_away(mode: str, at: str, dtype: to
         model = perceptron(dtype)
         before = [w.detach().clone() for w in weights(model)]
         optimizer = SGD(model.parameters(), lr=LR)
-        with wdhook.attach(model, factor * half / LR, mode=mode, at=at, optimizer=optimizer):
+        rounded = {"at": at, "optimizer": optimizer, "low_precision": "round"}
+        with wdhook.attach(model, factor * half / LR, mode=mode, **rounded):
             for weight in weights(model):
                 weight.grad = torch.zeros_like(weight)
             with rounding_warned(warned):
@@ -166,3 +169,23 @@ def test_float16_gradients_and_a_scaler_are_refused_by_torch() -> None:
         with pytest.raises(ValueError, match="unscale FP16 gradients"):
             scaler.step(optimizer)
     assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize("at", ["backward", "step"])
+@pytest.mark.parametrize(("size", "told"), [(100.0, True), (0.01, False)])
+def test_coupled_decay_that_gradients_lose_is_told(size: float, told: bool, at: str) -> None:
+    """A gradient is sampled early; the warning comes once, later, where most values lose λ·p."""
+    model = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    optimizer = SGD(model.parameters(), lr=1e-6)
+    messages = []
+    # lr·λ is below half a unit too, which is another warning, at the first step.
+    with warnings.catch_warnings(record=True) as caught, wdhook.attach(model, λ, at=at):
+        warnings.simplefilter("always")
+        for step in range(40):
+            optimizer.zero_grad()
+            (model.weight * size).sum().backward()
+            optimizer.step()
+            messages += [(step, str(w.message)) for w in caught]
+            caught.clear()
+    lost = [step for step, message in messages if "lost in the gradients" in message]
+    assert lost == ([24] if told else [])

@@ -45,7 +45,7 @@ def test_a_conversion_after_which_decay_rounds_away(swap: None) -> None:
     start."""
     model = perceptron()
     optimizer = SGD(model.parameters(), lr=LR)
-    with wdhook.attach(model, 1e-4, mode="decoupled", at="step"):
+    with wdhook.attach(model, 1e-4, mode="decoupled", at="step", low_precision="round"):
         train(model, optimizer, batches(model, 2))
         model.bfloat16()
         with pytest.warns(wdhook.WdhookWarning, match=r"rounds away[\s\S]*bfloat16"):

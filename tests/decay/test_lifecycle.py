@@ -325,6 +325,7 @@ def test_the_state_of_a_handle() -> None:
         "mode": "independent",
         "lr_peaks": (peaks,),
         "finished_steps": (),
+        "memory": (),
     }
     resumed = perceptron(seed=9)
     optimizer, handle = parts(resumed)

@@ -249,6 +249,7 @@ def test_a_state_is_plain_numbers() -> None:
             "mode": "independent",
             "lr_peaks": (peaks,),
             "finished_steps": (),
+            "memory": (),
         }
 
 

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("rich", reason="the benchmarks print tables")
 
+from benchmarks.low_precision import kept
 from benchmarks.page import filled
 from benchmarks.ratios import cases
 from benchmarks.timing import Times, Variant, side_by_side
@@ -35,6 +36,16 @@ def test_the_report_has_every_case() -> None:
         assert list(dict.fromkeys(row["what"] for row in rows)) == list(
             dict.fromkeys(case.what for case in cases())
         )
+
+
+def test_the_table_of_low_precision() -> None:
+    """Two cells of docs/amp.md, measured again: the one that is taken, and the one that loses
+    all."""
+    page = (ROOT / "docs" / "amp.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| bfloat16 | uniform"))
+    cells = [cell.strip(" *") for cell in row.split("|")]
+    assert cells[6] == str(kept(torch.bfloat16, 4, 1e-4, 6_000, "uniform"))
+    assert cells[3] == str(kept(torch.bfloat16, 0, 1e-4, 6_000, "uniform")).replace("-0.0", "0.0")
 
 
 def test_variants_take_turns() -> None:

@@ -184,6 +184,29 @@ def decays_itself() -> None:
     wdhook.apply_weight_decay(model, weight_decay=λ, mode="decoupled", optimizer=optimizer)
 
 
+def cautious_too_early() -> None:
+    with pytest.raises(wdhook.ArgumentError, match="update"):
+        wdhook.attach(line(), λ, mode="decoupled", lr=0.1, cautious=True)
+    wdhook.attach(line(), λ, at="step", cautious=True)
+
+
+def deferred_where_nothing_can_wait() -> None:
+    with pytest.raises(wdhook.ArgumentError, match="decoupled"):
+        wdhook.attach(line(), λ, mode="coupled", low_precision="defer")
+    how: dict[str, Any] = {"mode": "decoupled", "at": "step", "cautious": True}
+    wdhook.attach(line(), λ, low_precision="defer", **how)
+
+
+def pending_for_a_cautious_handle() -> None:
+    model = line().bfloat16()
+    how: dict[str, Any] = {"mode": "decoupled", "at": "step"}
+    with wdhook.attach(model, 2**-10, **how) as decay:
+        model(X.bfloat16()).sum().backward()
+        sgd(model).step()
+        state = decay.state_dict()
+    wdhook.attach(model, 2**-10, cautious=True, **how).load_state_dict(state)
+
+
 IN_CALLS: dict[str, Callable[[], object]] = {
     "`attach` on a parameter": attached_twice,
     "λ that is negative": arguments_without_meaning,
@@ -199,6 +222,9 @@ IN_CALLS: dict[str, Callable[[], object]] = {
     "the state of a handle": state_of_another_mode,
     "`adopt`, and": nothing_to_adopt,
     "`adopt` for one": adopt_one_of_two,
+    "`cautious=True`": cautious_too_early,
+    '`low_precision="defer"`': deferred_where_nothing_can_wait,
+    "a state with pending decay": pending_for_a_cautious_handle,
     "`apply_weight_decay` before": lambda: wdhook.apply_weight_decay(line(), weight_decay=λ),
     "`apply_weight_decay(optimizer=)`": decays_itself,
 }

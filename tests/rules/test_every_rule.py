@@ -316,6 +316,19 @@ def rounds_away(broken: bool, _: Any) -> None:
     sgd(model).step()
 
 
+@training_of("lost-in-gradients")
+def lost_in_gradients(broken: bool, _: Any) -> None:
+    """bfloat16 gradients of 1024, whose neighbours are 4 away, or of 2⁻¹⁰, and λ·p below 0.5."""
+    model = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
+    wdhook.attach(model, 1.0)
+    optimizer = SGD(model.parameters(), lr=2**-7)
+    for _ in range(30):
+        model.weight.data.fill_(0.25)
+        optimizer.zero_grad()
+        (model.weight * (1024.0 if broken else 2**-10)).sum().backward()
+        optimizer.step()
+
+
 @training_of("lower-precision-gradient")
 def lower_precision_gradient(broken: bool, _: Any) -> None:
     """A bfloat16 gradient of a float32 parameter."""

@@ -641,26 +641,26 @@ def test_maximize_that_was_not_known() -> None:
 
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_a_decay_that_rounds_away(mode: str) -> None:
-    """bfloat16 with lr·λ below half a unit in the last place warns once; float32 and a large λ do
-    not."""
+    """bfloat16 with lr·λ below half a unit in the last place, rounded at each step, warns once;
+    float32 and a large λ do not."""
     model = plain().bfloat16()
     optimizer = SGD(model.parameters(), lr=0.1)
-    with wdhook.attach(model, 1e-4, mode=mode, at="step"):
+    with wdhook.attach(model, 1e-4, mode=mode, at="step", low_precision="round"):
         backward(model)
         with pytest.warns(wdhook.WdhookWarning, match=r"rounds away[\s\S]*bfloat16"):
             optimizer.step()
         backward(model)
         optimizer.step()
-    with wdhook.attach(model, 0.5, mode=mode, at="step"):
+    with wdhook.attach(model, 0.5, mode=mode, at="step", low_precision="round"):
         optimizer.step()
     if mode == "decoupled":
         with (
-            wdhook.attach(model, 0.5, mode=mode, at="step", lr=1e-4),
+            wdhook.attach(model, 0.5, mode=mode, at="step", low_precision="round", lr=1e-4),
             pytest.warns(wdhook.WdhookWarning, match="5e-05"),
         ):
             optimizer.step()
     fine = plain()
-    with wdhook.attach(fine, 1e-4, mode=mode, at="step"):
+    with wdhook.attach(fine, 1e-4, mode=mode, at="step", low_precision="round"):
         backward(fine)
         SGD(fine.parameters(), lr=0.1).step()
 

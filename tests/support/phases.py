@@ -35,7 +35,8 @@ def own(mode: str, groups: Groups = own_groups) -> Optimize:
 
 def attached(model: nn.Module, mode: str, at: str) -> wdhook.WeightDecay:
     # A number as `lr` needs no optimizer, so that one may be made, remade or extended later.
-    return wdhook.attach(model, λ, mode=mode, at=at, lr=LR if mode == "decoupled" else None)
+    lr = LR if mode == "decoupled" else None
+    return wdhook.attach(model, λ, mode=mode, at=at, lr=lr, low_precision="round")
 
 
 def compare(

@@ -18,7 +18,7 @@ from .._plan.overrides import Overrides
 from .._plan.plan import Plan
 from .._roles.places import named_parameters
 from ..schedules import Schedule
-from .formulas import FORMULAS, Formula
+from .formulas import FORMULAS, Formula, compose
 from .optimizers import (
     LearningRate,
     announces_steps,
@@ -27,8 +27,9 @@ from .optimizers import (
     learning_rate,
 )
 
-Mode = Literal["coupled", "decoupled", "independent"]
+Mode = Literal["coupled", "decoupled", "independent", "corrected"]
 Moment = Literal["backward", "step"]
+LowPrecision = Literal["defer", "round"]
 MODES: tuple[str, ...] = tuple(FORMULAS)
 MOMENTS: tuple[str, ...] = get_args(Moment)
 Optimizers = Optimizer | Iterable[Optimizer]
@@ -42,12 +43,54 @@ def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None
         )
 
 
-def formula_of(mode: str | None) -> Formula:
-    """The formula of a mode; None is coupled."""
+def formula_of(mode: str | None, at: str, low_precision: str | None, cautious: object) -> Formula:
+    """The formula that the arguments of `attach` name; a mode of None is coupled.
+
+    Raises:
+        ArgumentError: an argument has no meaning, or none together with another.
+    """
     if mode is None:
-        return FORMULAS["coupled"]
+        mode = "coupled"
     check_choice("mode", mode, MODES)
-    return FORMULAS[mode]
+    if low_precision is not None:
+        check_choice("low_precision", low_precision, get_args(LowPrecision))
+    if low_precision == "defer":
+        _check_can_wait(mode, bool(cautious))
+    if cautious not in (True, False):
+        raise ArgumentError(f"`cautious` must be True or False.\n  got: {cautious!r}")
+    if cautious:
+        _check_knows_the_update(mode, at)
+    return compose(mode, low_precision != "round", bool(cautious))
+
+
+def _check_can_wait(mode: str, cautious: bool) -> None:
+    reason = None
+    if FORMULAS[mode].in_gradient:
+        reason = "is added to gradients: a gradient is gone after its step"
+    elif cautious:
+        reason = "is cautious: each value has a mask of its own in each step"
+    if reason is not None:
+        raise ArgumentError(
+            Problem(
+                f'`low_precision="defer"` has no meaning for decay that {reason}, and what was '
+                "rounded away is gone too.",
+                'Use mode="decoupled" with cautious=False, or leave `low_precision` out',
+                {"mode": mode, "cautious": cautious},
+            )
+        )
+
+
+def _check_knows_the_update(mode: str, at: str) -> None:
+    if not FORMULAS[mode].in_gradient and at == "step":
+        return
+    raise ArgumentError(
+        Problem(
+            "`cautious=True` decays where the update agrees, so it comes after the update, and "
+            "changes parameters: not gradients, and not in the backward pass.",
+            'Use attach(..., cautious=True, mode="decoupled", at="step")',
+            {"mode": mode, "at": at},
+        )
+    )
 
 
 def check_attach(

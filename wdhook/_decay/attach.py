@@ -16,6 +16,7 @@ from .._plan.overrides import Overrides
 from .._plan.plan import Plan
 from ..schedules import Schedule
 from .arguments import (
+    LowPrecision,
     Mode,
     Moment,
     Optimizers,
@@ -48,6 +49,8 @@ def attach(
     recipe: str | None = None,
     inputs: Any | None = None,
     foreach: bool | None = None,
+    low_precision: LowPrecision | None = None,
+    cautious: bool = False,
 ) -> WeightDecay:
     r"""Decay the weights of `model`, and nothing else, once per optimizer step from now on.
 
@@ -65,6 +68,8 @@ def attach(
             Hutter 2019).
             ``"independent"``: p ← p·(1 − (lr/lr_peak)·λ), so that λ does not change with the base
             learning rate.
+            ``"corrected"``: p ← p·(1 − (lr²/lr_peak)·λ), so that norms before a normalization do
+            not follow the schedule of the learning rate (AdamC; Defazio 2025, arXiv:2506.02285).
         at: ``"backward"``: in a post-accumulate-grad hook, so that clipping and logging see the
             decay.
             ``"step"``: just before the update, after accumulation, un-scaling and clipping, as the
@@ -80,6 +85,13 @@ def attach(
         inputs: example inputs, to settle the guesses of the plan by an audit; see `plan`.
         foreach: as in ``torch.optim``, for the pass at the step: None chooses, True forces the
             foreach implementation, False forbids it.
+        low_precision: for parameters in bfloat16 and float16, where p·(1 − lr·λ) mostly rounds
+            to p. ``"defer"``, the default of every mode but coupled: the factors are collected,
+            and written when they can be represented; `WeightDecay.flush` writes what is pending.
+            ``"round"``: each step is rounded, as in ``torch.optim``.
+        cautious: decay only values that the optimizer's update shrinks too (arXiv:2510.12402),
+            after the update: at ``"step"``, and not coupled. Needs memory for a copy of the decayed
+            parameters during the step.
 
     Returns:
         The handle; ``print(handle.plan)`` shows what is decayed and why.
@@ -104,7 +116,7 @@ def attach(
     >>> decay.remove()
     """
     check_attach(model, weight_decay, misplaced, at, foreach)
-    formula = formula_of(mode)
+    formula = formula_of(mode, at, low_precision, cautious)
     schedule = weight_decay if callable(weight_decay) else None
     first = weight_decay(0) if callable(weight_decay) else weight_decay
     ready = ready_plan(model, first, overrides, recipe, inputs)
@@ -142,6 +154,8 @@ def adopt(
     overrides: Overrides | None = None,
     recipe: str | None = None,
     foreach: bool | None = None,
+    low_precision: LowPrecision | None = None,
+    cautious: bool = False,
 ) -> WeightDecay:
     """Take over the decay that `optimizer` is configured with.
 
@@ -153,7 +167,8 @@ def adopt(
         optimizer: with a non-zero ``weight_decay`` in at least one param group.
         mode: None picks the formula of the optimizer's own decay, where it is known.
         at: the default ``"step"`` is when the optimizer did it itself.
-        lr, scaler, overrides, recipe, foreach: see `attach`. An override is absolute; its True
+        lr, scaler, overrides, recipe, foreach, low_precision, cautious: see `attach`. An override
+            is absolute; its True
             means the λ of the param group.
 
     Returns:
@@ -189,6 +204,8 @@ def adopt(
         lr=lr,
         scaler=scaler,
         foreach=foreach,
+        low_precision=low_precision,
+        cautious=cautious,
     )
     for settings in (*groups, optimizer.defaults):
         if "weight_decay" in settings:
@@ -202,7 +219,8 @@ def _mode_of(optimizer: Optimizer) -> Mode:
         raise ArgumentError(
             Problem(
                 "The formula of the optimizer's own decay is not known, so `mode` cannot be picked.",
-                'Give mode="coupled" (L2, as in SGD) or mode="decoupled" (as in AdamW)',
+                'Give mode="coupled" (L2, as in SGD) or mode="decoupled" (as in AdamW) or '
+                'mode="corrected" (as in timm\'s adamc)',
                 {"optimizer": type(optimizer).__name__},
             )
         )

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .._plan.decision import Decision
 from .._plan.plan import Plan
 from .config import Config
 from .entry import Due, Entry
+from .memory import Memo, Memory
 from .model_ref import ModelRef
 from .ownership import Optimizers, View
 from .parameters import Parameters
@@ -31,6 +33,7 @@ class Engine:
         state: the owners of facts.
         rules: what is checked, and what was warned of.
         passes: the backward passes.
+        memory: what the formula remembers of each parameter.
         watchers: snapshots that wait for what a step changes.
         closed: nothing is decayed any more.
         on_close: called once, when the engine closes.
@@ -42,6 +45,7 @@ class Engine:
         self.closed = False
         # Entries that were there when the last module died, by the ids of these references.
         self._outliving: dict[int, weakref.ref[Entry]] = {}
+        self.memory = Memory()
         model_ref = ModelRef(model, self._model_died)
         rate = Rate(plan.weight_decay, config.schedule, config.lr)
         self._unowned = rate.new_clock()
@@ -118,6 +122,26 @@ class Engine:
         finally:
             self.state.pauses -= 1
 
+    def flush(self) -> None:
+        """Write what the formula has collected and not written yet."""
+        with torch.no_grad():
+            for param, memo in list(self._remembered()):
+                self.state.config.formula.flush_(param, memo)
+
+    def _remembered(self) -> Iterator[tuple[Tensor, Memo]]:
+        """Parameters of the model and of optimizers, with their memos. Nothing new is decided."""
+        parameters = self.state.parameters
+        for found in parameters.walk() if self.state.config.formula.remembers else ():
+            entry = parameters.entry(found.param)
+            # Without an entry: what was loaded for a parameter that no optimizer has stepped since.
+            memo = self.memory.of(found.name) if entry is None else entry.memo
+            if memo is not None:
+                yield found.param, memo
+        for view in self.state.optimizers.views():
+            for param, entry in view.pairs():
+                if entry.memo is not None:
+                    yield param, entry.memo
+
     def _new_entry(self, decision: Decision) -> Entry:
         own = None if decision.follows else decision.weight_decay
         config = self.state.config
@@ -126,6 +150,8 @@ class Engine:
         else:
             entry = Entry(decision.name, own, self._unowned)
         self.state.rate.recall_peak(entry)
+        if config.formula.remembers:
+            entry.memo = self.memory.begin(entry.name)
         return entry
 
     # ---------------------------------------------------------------- facts
@@ -173,7 +199,8 @@ class Engine:
 
     def save(self) -> dict[str, Any]:
         """What a saved handle holds besides λ."""
-        return self.state.rate.save(self.state.parameters.progress())
+        progress = self.state.rate.save(self.state.parameters.progress())
+        return {**progress, "memory": self.memory.save()}
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Undo of `save`, and of the λ that a schedule has given since."""
@@ -181,6 +208,7 @@ class Engine:
         entries = parameters.entries()
         parameters.forget_progress()
         rate.load(saved, entries)
+        self.memory.load(saved["memory"])
         for param, entry in parameters.pairs():
             if entry.terms.place is None:
                 entry.move(rate.clock_after(rate.saved_steps(entry.name)))

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from .memory import Memo
 from .tensors import Number, is_plain
 from .window import Clock, Window
 
@@ -148,7 +149,8 @@ class Entry(Window):
         receipt: what the last payment was made with.
         terms: numbers shared with other parameters.
         handle: of the hook; None where there is none.
-        memo: state of the formula, of whatever type.
+        memo: what the formula remembers of the parameter; None for a formula that remembers
+            nothing.
     """
 
     __slots__ = ("handle", "memo", "name", "own", "progress", "receipt", "terms")
@@ -162,7 +164,7 @@ class Entry(Window):
         self.progress = Progress(clock)
         self.receipt = _NOTHING
         self.handle: RemovableHandle | None = None
-        self.memo: Any = None
+        self.memo: Memo | None = None
 
     @property
     def weight_decay(self) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 from torch.nn.parameter import is_lazy
 
 from .._base.errors import ArgumentError, WdhookError
+from .._base.problem import Problem
 from .._base.validate import check_factor
 from .._plan.plan import Plan
 from .engine import Engine
@@ -141,7 +142,8 @@ def _checked(engine: Engine) -> Check:
         elif entry.stamp < max(0, entry.clock.steps - 1):
             check.absent.append(found.name)
         else:
-            check.decayed[found.name] = _amount(entry, state.config.in_gradient)
+            number = entry.receipt.number
+            check.decayed[found.name] = float(state.config.formula.amount_of(number))
             check.numel += 0 if is_lazy(found.param) else found.param.numel()
     return check
 
@@ -151,9 +153,7 @@ def _is_unowned(entry: Entry, announced: bool) -> bool:
     return announced and entry.terms.owner is None
 
 
-def _amount(entry: Entry, in_gradient: bool) -> float:
-    number = float(entry.receipt.number)
-    return number if in_gradient else 1 - number
+_NOTHING: Mapping[str, Any] = {**NO_PROGRESS, "memory": ()}
 
 
 class WeightDecay:
@@ -186,11 +186,27 @@ class WeightDecay:
 
     def remove(self) -> None:
         """Remove every hook, those of the process too; the plan stays readable. May be called
-        again."""
+        again.
+
+        What deferred decay has not written yet is written first, as by `flush`.
+        """
         if self._engine is not None:
+            if not self._engine.closed:
+                self._engine.flush()
             self._plan = self._engine.last_plan()
             self._engine.close()
             self._engine = None
+
+    def flush(self) -> None:
+        """Write decay that was counted and could not be represented yet, to parameters in bfloat16
+        and float16.
+
+        Call it between steps, before weights are exported or compared. A checkpoint needs no
+        flush: `state_dict` holds what is pending. What rounding takes of the last factor is lost.
+        Waits for the device where numbers are there.
+        """
+        if self._engine is not None and not self._engine.closed:
+            self._engine.flush()
 
     def __enter__(self) -> WeightDecay:
         return self
@@ -312,9 +328,10 @@ class WeightDecay:
         return _checked(self._engine)
 
     def state_dict(self) -> dict[str, Any]:
-        """λ and what a schedule cannot recompute, as plain numbers (and tensors, where ``lr`` is
-        one)."""
-        progress = NO_PROGRESS if self._engine is None else self._engine.save()
+        """λ, what a schedule cannot recompute and what deferred decay has not written, as plain
+        numbers (and tensors, where ``lr`` is one).
+        """
+        progress = _NOTHING if self._engine is None else self._engine.save()
         return {"weight_decay": self.weight_decay, "mode": self.mode, **progress}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -324,8 +341,9 @@ class WeightDecay:
             ArgumentError: it is not a state of a handle, or one of another mode, or (for a handle
                 with a schedule) of one that had none.
         """
-        state = {"finished_steps": (), **state}  # states of before there were schedules have none
-        missing = {"weight_decay", "mode", *NO_PROGRESS} - set(state)
+        # states of before there were schedules and memories have none
+        state = {"finished_steps": (), "memory": (), **state}
+        missing = {"weight_decay", "mode", *_NOTHING} - set(state)
         if missing:
             raise ArgumentError(
                 f"`state` is not the state of a handle.\n  missing: {', '.join(sorted(missing))}"
@@ -347,9 +365,24 @@ class WeightDecay:
                 f"now {self._engine.state.config.schedule!r}\n"
                 "  Attach with the number, or do not load this state"
             )
+        if state["memory"] and self._engine is not None:
+            self._check_remembers(state)
         self._set(check_factor(state["weight_decay"]))
         if self._engine is not None:
             self._engine.load(state)
+
+    def _check_remembers(self, state: Mapping[str, Any]) -> None:
+        assert self._engine is not None
+        if not self._engine.state.config.formula.remembers:
+            raise ArgumentError(
+                Problem(
+                    "`state` holds decay that was counted and not written yet, and this handle "
+                    "cannot write it.",
+                    "Call flush() before the state and the model are saved, or attach without "
+                    "`cautious`",
+                    {"parameters": ", ".join(state["memory"][0])},
+                )
+            )
 
     def __repr__(self) -> str:
         plan = self.plan

@@ -193,6 +193,12 @@ def _wrapped_by(step: Any) -> Iterator[Any]:
             yield cell.cell_contents
 
 
+def is_capturable(known: tuple[Any, Mapping[str, Any]] | None) -> bool:
+    """Tell a param group whose step may go into a CUDA graph; `known` is an optimizer and its
+    group."""
+    return known is not None and bool(known[1].get("capturable"))
+
+
 def only_accumulates(optimizer: object) -> bool:
     """Tell a step that takes the gradients into the state and leaves the parameters (optimi)."""
     return bool(getattr(optimizer, "optimizer_accumulation", False))

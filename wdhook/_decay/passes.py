@@ -37,7 +37,7 @@ from . import tensors
 from .entry import Due, Entry, Terms
 from .formulas import How
 from .living import living
-from .optimizers import decays_itself
+from .optimizers import decays_itself, is_capturable
 from .payment import pay
 from .rules.base import Facts, Rules
 from .stand_ins import engine_of
@@ -328,7 +328,9 @@ class Passes:
         scale = None
         if config.in_gradient:
             scale = tensors.loss_scale(config.scaler, due.grads[0].device)
-        return How(config.foreach, scale, by_autograd=True)
+        capturable = is_capturable(due.terms.owner_group())
+        capturing = tensors.is_capturing()
+        return How(config.foreach, scale, None, capturable, capturing, by_autograd=True)
 
 
 def _is_now(hook: Hook, clock: Clock, steps: int) -> bool:

@@ -89,7 +89,7 @@ class Rate:
         if lr is None:
             return None
         peak = self._raise_peak(terms, known[1], lr) if formula.needs_peak and known else None
-        return Rates(terms.weight_decay, lr, peak, sign)
+        return Rates(terms.weight_decay, lr, peak, sign, terms.dtype)
 
     def _learning_rate(self, group: Mapping[str, Any] | None, formula: Formula) -> Number | None:
         if group is not None:

@@ -19,6 +19,7 @@ from .engine import Engine
 from .entry import Entry
 from .ownership import View
 from .state import State
+from .tensors import Number
 
 By = str | Callable[[Decision], str]
 
@@ -94,7 +95,7 @@ class Snapshot:
         whole = (gradient + 2 * α * product + α**2 * squared).clamp(min=0) if α else zero
         self._add(key, squared, squared, gradient, product, α**2 * squared, whole)
         if decayed and not state.config.in_gradient:
-            was = entry.receipt.number if entry is not None and entry.paid else None
+            was = _written(entry) if entry is not None and entry.paid else None
             before = p.clone() if was is None else p / was
             self._awaited.append((state, key, param, before))
 
@@ -116,7 +117,12 @@ class Snapshot:
                 was_paid = entry.stamp == view.clock.steps - 1
                 number = entry.receipt.number if was_paid else 1.0
                 change = before - _local(param)
-                decay = _dot(before, before) * (1 - number) ** 2
+                if was_paid and entry.memo is not None and entry.memo.written is not None:
+                    change += before * (entry.memo.written - number)  # what is counted, instead
+                taken = torch.zeros_like(before)
+                if was_paid:
+                    taken = state.config.formula.taken(before, change, number)
+                decay = _dot(taken, taken)
                 zero = torch.zeros_like(decay)
                 self._add(key, zero, zero, zero, zero, decay, _dot(change, change))
         self._awaited = rest
@@ -216,6 +222,12 @@ def _added(entry: Entry, grad: Tensor, state: State) -> float | None:
     if not whole or grad.is_sparse or entry.receipt.is_scaled or isinstance(number, Tensor):
         return None
     return number
+
+
+def _written(entry: Entry) -> Number | None:
+    """The factor that the parameter was multiplied with before the step; None where it was not."""
+    written = None if entry.memo is None else entry.memo.written
+    return entry.receipt.number if written is None else written
 
 
 def _has_numbers(param: Tensor) -> bool:

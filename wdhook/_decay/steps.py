@@ -15,10 +15,11 @@ from .call_stack import Running
 from .engine import Engine
 from .entry import Due, Entry
 from .formulas import How, Rest
-from .optimizers import only_accumulates
+from .optimizers import is_capturable, only_accumulates
 from .ownership import Bucket, View
 from .payment import pay
 from .rules.base import Facts, Moment
+from .tensors import is_capturing
 from .window import STEP_AFTER_HOOK, STEP_ALONE, Answer, Evidence
 from .zeroing import is_distributed
 
@@ -180,7 +181,13 @@ class Part:
         # scaled still.
         scale = getattr(self.optimizer, "grad_scale", None)
         found_inf = getattr(self.optimizer, "found_inf", None)
-        return How(self.engine.state.config.foreach, scale, found_inf)
+        return How(
+            self.engine.state.config.foreach,
+            scale,
+            found_inf,
+            is_capturable(due.terms.owner_group()),
+            is_capturing(),
+        )
 
     def was_skipped(self) -> bool:
         """A fused optimizer will skip the step under a GradScaler, or has skipped it.
@@ -281,12 +288,6 @@ class StepInProgress:
     def part_of(self, engine: Engine) -> Part | None:
         """The part of one handle."""
         return next((part for part in self.parts if part.engine is engine), None)
-
-
-def is_capturing() -> bool:
-    """The present operations go into a CUDA graph, numbers such as λ as constants."""
-    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def may_be_replayed(grad: Tensor) -> bool:

@@ -7,6 +7,7 @@ Callers turn grad mode off.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,13 +19,13 @@ Number = float | Tensor
 """A Python number, or a 0-dim tensor that stays on its device."""
 
 
-def unless(found_inf: Tensor, value: Number) -> Tensor:
+def unless(found_inf: Tensor, value: Number, otherwise: float = 1.0) -> Tensor:
     """`value`, or 1 where the step will be skipped because `found_inf` (a 0-dim tensor) is set.
 
     In double precision, so that a Python number survives the trip through a tensor unchanged.
     """
     here = torch.as_tensor(value, dtype=torch.float64, device=found_inf.device)
-    return torch.where(found_inf.reshape(()) > 0, torch.ones_like(here), here)
+    return torch.where(found_inf.reshape(()) > 0, otherwise, here)
 
 
 def add_(grad: Tensor, param: Tensor, weight_decay: float, scale: Tensor | None = None) -> None:
@@ -91,6 +92,44 @@ def loss_scale(scaler: Any | None, device: torch.device) -> Tensor | None:
 def scaled(weight_decay: Number, scale: Tensor | None) -> Number:
     """λ times the factor of the loss, if there is one."""
     return weight_decay if scale is None else weight_decay * scale
+
+
+def is_low(dtype: torch.dtype) -> bool:
+    """Tell a floating point format that torch multiplies in, and whose precision is below that of
+    float32."""
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        return False
+    return torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
+
+
+def wide(number: Number) -> Number:
+    """A number in double precision, where its device has that."""
+    if not isinstance(number, Tensor):
+        return number
+    return number.to(widest(number.device))
+
+
+def on_device(number: Number | None, device: torch.device) -> Tensor:
+    """A number as a 0-dim tensor of its own, in double precision where the device has that; None
+    stands for 1.
+
+    A copy from the host; a tensor that is there already is given back as it is.
+    """
+    if isinstance(number, Tensor) and number.device == device:
+        return number
+    value = 1.0 if number is None else number
+    return torch.as_tensor(value, dtype=widest(device), device=device)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The most precise dtype of a device for numbers."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def is_capturing() -> bool:
+    """The present operations go into a CUDA graph, numbers such as λ as constants."""
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -163,6 +202,31 @@ def mul_rows_(grad: Tensor, param: Tensor, by: Number, seen: Tensor | None) -> T
         flat = _flat(grad, param)
         flat[rows] = flat[rows] * by
     return seen
+
+
+def local(param: Tensor) -> Tensor:
+    """The values of a parameter that this rank holds; a complex number as two."""
+    here: Tensor = param.detach()
+    here = here.to_local() if hasattr(here, "to_local") else here
+    return torch.view_as_real(here) if here.is_complex() else here
+
+
+def pieces(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two tensors of one shape, in slices that stay in the cache of a CPU; whole on a device."""
+    if not (one.is_cpu and one.is_contiguous() and other.is_contiguous()):
+        yield one, other
+        return
+    pair = torch.split(one.view(-1), _PIECE), torch.split(other.view(-1), _PIECE)
+    yield from zip(*pair, strict=True)
+
+
+_PIECE = 2**15  # elements
+
+
+def as_table(grad: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
+    """`param` seen as rows, and the rows that a sparse gradient names, each once."""
+    rows, _, _ = _new_rows(grad, None)
+    return _flat(grad, local(param)), rows
 
 
 def _flat(grad: Tensor, param: Tensor) -> Tensor:

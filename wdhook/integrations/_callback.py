@@ -28,6 +28,8 @@ class Arguments(TypedDict, total=False):
     overrides: Overrides | None
     recipe: Recipe | None
     foreach: bool | None
+    low_precision: str | None
+    cautious: bool
 
 
 class Attached:

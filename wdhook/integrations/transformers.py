@@ -34,10 +34,8 @@ class WeightDecayCallback(Attached, TrainerCallback, ExportableState):
     the λ of the checkpoint's ``trainer_state.json``.
 
     Args:
-        weight_decay: λ per optimizer step, a schedule of it (`wdhook.schedules`), or a ready plan
-        of the model.
-        **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``foreach``; see
-        `wdhook.attach`.
+        **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``foreach``,
+            ``low_precision``, ``cautious``; see `wdhook.attach`.
 
     Raises:
         ArgumentError: `arguments` has another name. All that `wdhook.attach` raises comes when

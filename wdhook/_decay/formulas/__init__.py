@@ -7,13 +7,31 @@ below.
 
 from __future__ import annotations
 
-from .base import Formula, How, Rates, Rest
+from .base import Formula, How, Rates, Rest, Shrinking
+from .cautious import Cautious
+from .corrected import Corrected
 from .coupled import Coupled
 from .decoupled import Decoupled
+from .deferred import Deferred
 from .independent import Independent
 
 FORMULAS: dict[str, Formula] = {
-    formula.name: formula for formula in (Coupled(), Decoupled(), Independent())
+    formula.name: formula for formula in (Coupled(), Decoupled(), Independent(), Corrected())
 }
 
-__all__ = ["FORMULAS", "Formula", "How", "Rates", "Rest"]
+
+def compose(mode: str, defers: bool = True, cautious: bool = False) -> Formula:
+    """The formula of a handle.
+
+    Args:
+        mode: a key of `FORMULAS`.
+        defers: collect decay that parameters of low precision cannot hold yet.
+        cautious: decay where the update agrees; for a formula that changes parameters.
+    """
+    formula = FORMULAS[mode]
+    if not isinstance(formula, Shrinking):
+        return formula
+    return Cautious(formula) if cautious else Deferred(formula, defers)
+
+
+__all__ = ["FORMULAS", "Formula", "How", "Rates", "Rest", "compose"]

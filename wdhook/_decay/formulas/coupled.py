@@ -19,6 +19,10 @@ class Coupled(Formula):
         still."""
         return rates.sign * rates.weight_decay
 
+    def amount_of(self, number: Number) -> Number:
+        """The number itself."""
+        return number
+
     def pay_(self, due: Due, number: Number, how: How) -> Rest | None:
         """Add to each gradient, times the factor of the loss."""
         assert isinstance(number, float)

@@ -11,7 +11,7 @@ class Decoupled(Shrinking):
 
     name = "decoupled"
 
-    def number(self, rates: Rates) -> Number:
-        """1 − lr·λ."""
+    def amount(self, rates: Rates) -> Number:
+        """lr·λ."""
         assert rates.lr is not None
-        return 1 - rates.lr * rates.weight_decay
+        return rates.lr * rates.weight_decay

@@ -16,10 +16,10 @@ class Independent(Shrinking):
     name = "independent"
     needs_peak = True
 
-    def number(self, rates: Rates) -> Number:
-        """1 − (lr/lr_peak)·λ, and 1 while the peak is 0: a warm-up may start there."""
+    def amount(self, rates: Rates) -> Number:
+        """(lr/lr_peak)·λ, and 0 while the peak is 0: a warm-up may start there."""
         assert rates.lr is not None
         if isinstance(rates.peak, Tensor):
             share = torch.where(rates.peak > 0, rates.lr / rates.peak, 0.0)
-            return 1 - share * rates.weight_decay
-        return 1 - (rates.lr / rates.peak) * rates.weight_decay if rates.peak else 1.0
+            return share * rates.weight_decay
+        return (rates.lr / rates.peak) * rates.weight_decay if rates.peak else 0.0

@@ -226,9 +226,21 @@ RULES = (
         WdhookWarning,
         Moment.STEP,
         scaling.rounds_away,
-        situation="`lr·λ` below half a unit in the last place of a bfloat16 or float16 parameter",
+        situation="`lr·λ` below half a unit in the last place of a bfloat16 or float16 parameter, "
+        'where decay is not deferred: coupled, cautious, `low_precision="round"`, a sparse '
+        "gradient",
         answer="the decay rounds away",
         on_change=True,
+    ),
+    Rule(
+        "lost-in-gradients",
+        WdhookWarning,
+        Moment.STEP,
+        scaling.LostInGradients,
+        situation="coupled decay of bfloat16 or float16 parameters, where λ·p is less than half a "
+        "unit in the last place of most values of a gradient; sampled at the 3rd step",
+        answer="at the 25th step; names decoupled",
+        applies=in_gradient,
     ),
     Rule(
         "lower-precision-gradient",
