@@ -61,7 +61,7 @@ class Check:
 
     @property
     def sentence(self) -> str:
-        """The first line: what was decayed, by how much, or why nothing was."""
+        """The first line says what was decayed, and by how much, or why nothing was."""
         if self.removed:
             return "Nothing is decayed: the handle is removed, or its model is gone."
         trained = len(self.decayed) + len(self.absent) + len(self.undecayed)
@@ -173,7 +173,7 @@ class WeightDecay:
 
     @property
     def mode(self) -> str:
-        """The formula: ``"coupled"``, ``"decoupled"``, ... Attach again to change it."""
+        """Name of the formula, ``"coupled"`` for one. Attach again to change it."""
         return self._mode
 
     @property
@@ -215,7 +215,7 @@ class WeightDecay:
 
         Raises:
             ArgumentError: (setter) not a number, negative or not finite; or the handle follows a
-            schedule.
+                schedule.
         """
         return (
             self._plan.weight_decay
@@ -260,7 +260,7 @@ class WeightDecay:
 
         Args:
             by: ``"role"``, ``"name"`` for each parameter by itself, or a function that names the
-            group of a `Decision`.
+                group of a `Decision`.
 
         Raises:
             ArgumentError: `by` is something else.

@@ -27,6 +27,7 @@ class Arguments(TypedDict, total=False):
     lr: LearningRate | None
     overrides: Overrides | None
     recipe: Recipe | None
+    inputs: Any | None
     foreach: bool | None
 
 
@@ -40,8 +41,8 @@ class Attached:
         unknown = [name for name in arguments if name not in Arguments.__annotations__]
         if unknown:
             raise ArgumentError(
-                f"`{unknown[0]}` is no argument of {type(self).__name__}: the framework's optimizers and scaler are "
-                "found when training begins.\n"
+                f"`{unknown[0]}` is no argument of {type(self).__name__}: the framework's "
+                "optimizers and scaler are found when training begins.\n"
                 f"  known: weight_decay, {', '.join(Arguments.__annotations__)}"
             )
         self.weight_decay = weight_decay
@@ -70,8 +71,8 @@ class Attached:
 def _refuse_deepspeed(optimizer: object) -> None:
     if any(kind.__module__.startswith("deepspeed") for kind in type(optimizer).__mro__):
         raise UnsupportedOptimizerError(
-            "DeepSpeed takes gradients away as they come, scales the loss itself and steps flat copies of the "
-            "parameters, so decay would be lost or done more than once.\n"
+            "DeepSpeed takes gradients away as they come, scales the loss itself and steps flat "
+            "copies of the parameters, so decay would be lost or done more than once.\n"
             f"  optimizer: {type(optimizer).__name__}\n"
             "  Let the optimizer decay: give DeepSpeed wdhook.param_groups(model, λ)"
         )
