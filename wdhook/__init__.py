@@ -38,7 +38,6 @@ from ._plan.plan import Plan, PlanDiff
 from ._roles.classifier import Role
 
 if TYPE_CHECKING:
-    from . import plot
     from ._audit.finding import Finding
     from ._audit.report import Audit
     from ._audit.run import audit

@@ -491,6 +491,139 @@ def test_other_warnings_of_wdhook_are_findings(doctor: Callable[..., Any]) -> No
     assert [str(w.message) for w in caught] == ["of the user"]
 
 
+# -- false alarms ----------------------------------------------------------------------------------
+
+
+def loss_and(net: nn.Module, optimizer: Any, *others: Any) -> Make:
+    return lambda: (net, optimizer, lambda: loss(net), *others)
+
+
+@pytest.mark.parametrize("at", ["backward", "step"])
+@pytest.mark.parametrize("mode", [None, "coupled", "decoupled"])
+def test_param_groups_are_healthy(mode: str | None, at: str, doctor: Callable[..., Any]) -> None:
+    """An optimizer that decays by wdhook's own param groups: a note, and no handle is attached."""
+    net = model()
+    given = [] if mode is None else ["--mode", mode]
+    optimizer = AdamW(wdhook.param_groups(net, 0.05))
+    found = doctor(loss_and(net, optimizer), "--at", at, *given)
+    assert kinds(found) == [("note", "group-decay")]
+    assert found["attached"] == []
+    assert found["findings"][0]["facts"] == {"the optimizer's weight_decay": "0.05"}
+    assert optimizer.param_groups[0]["weight_decay"] == 0.05
+
+
+def test_param_groups_beside_a_handle_are_double_decay(doctor: Callable[..., Any]) -> None:
+    """Twin: a handle beside the groups decays twice; groups with a bias are not healthy."""
+    net = model()
+    groups = wdhook.param_groups(net, 0.05)
+    with wdhook.attach(net, 0.05, mode="decoupled", at="step"):
+        found = doctor(loss_and(net, AdamW(groups)))
+    assert kinds(found) == [("error", "double-decay")]
+    assert names(found, "double-decay") == ["0.weight", "2.weight"]
+    groups[0]["params"] = [*groups[0]["params"], net[0].bias]
+    groups[1]["params"] = [p for p in groups[1]["params"] if p is not net[0].bias]
+    found = doctor(loss_and(net, AdamW(groups)))
+    assert kinds(found) == [("error", "double-decay"), ("warning", "exempt-decayed")]
+    assert names(found, "exempt-decayed") == ["0.bias"]
+
+
+def test_param_groups_that_leave_a_weight_out(doctor: Callable[..., Any]) -> None:
+    """Groups that decay a part of the weights are the user's choice; the note names the others."""
+    net = model()
+    rest = [p for p in net.parameters() if p is not net[0].weight]
+    groups = [{"params": [net[0].weight]}, {"params": rest, "weight_decay": 0.0}]
+    found = doctor(loss_and(net, AdamW(groups)))
+    assert kinds(found) == [("note", "group-decay")]
+    assert names(found, "group-decay") == ["2.weight"]
+
+
+def test_a_count_of_steps_is_no_master_weight(doctor: Callable[..., Any]) -> None:
+    """A parameter that is 1, in bfloat16, and a state whose count of steps is 1.0 in float32."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.temperature = model(), nn.Parameter(torch.tensor([1.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) * self.temperature
+
+    net = Scaled().bfloat16()
+    optimizer = Adam(net.parameters(), lr=1e-3)
+    found = doctor(loss_and(net, optimizer), "--mode", "decoupled", "--at", "step", "--lr", "100")
+    assert ("error", "master-weights") not in kinds(found)
+    assert optimizer.state[net.temperature]["step"].dtype == torch.float32
+
+
+def forgets_to_step() -> Any:
+    net, optimizer, step = healthy()
+    return net, optimizer, lambda: step().backward()
+
+
+def returns_after_backward() -> Any:
+    net, optimizer, step = healthy()
+
+    def train() -> Tensor:
+        value: Tensor = step()
+        value.backward()
+        return value
+
+    return net, optimizer, train
+
+
+@pytest.mark.parametrize(
+    "make", [forgets_to_step, returns_after_backward], ids=lambda m: m.__name__
+)
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_a_step_that_was_forgotten(make: Make, mode: str, doctor: Callable[..., Any]) -> None:
+    """The advice is to step, and not to change the decay, which has no part in it."""
+    found = doctor(make, "--mode", mode)
+    assert kinds(found) == [("warning", "unheard-steps")]
+    (finding,) = found["findings"]
+    assert "optimizer.step()" in finding["do"]
+    assert "coupled" not in finding["do"]
+    assert "backward" not in finding["what"]
+    assert found["steps"] == 0
+
+
+def test_a_name_with_a_space(doctor: Callable[..., Any]) -> None:
+    """Parameters are data: a module called "my layer" is named whole."""
+
+    def make() -> Any:
+        net = nn.Sequential()
+        net.add_module("my layer: a", nn.Linear(4, 1))
+        return net, AdamW(net.parameters()), lambda: loss(net)
+
+    found = doctor(make)
+    assert names(found, "double-decay") == ["my layer: a.weight"]
+    assert names(found, "exempt-decayed") == ["my layer: a.bias"]
+
+
+@pytest.mark.parametrize("given", [None, "coupled", "decoupled"])
+def test_a_mode_that_was_not_named(given: str | None, doctor: Callable[..., Any]) -> None:
+    """AdamW without its own decay: a note that the default is coupled, unless a mode is given."""
+    net = model()
+    optimizer = AdamW(net.parameters(), weight_decay=0.0)
+    found = doctor(loss_and(net, optimizer), *([] if given is None else ["--mode", given]))
+    assert kinds(found) == ([("note", "default-mode")] if given is None else [])
+    net = model()
+    optimizer = AdamW(net.parameters(), weight_decay=0.0)
+    with wdhook.attach(net, 0.1, mode=given, optimizer=optimizer):
+        found = doctor(loss_and(net, optimizer))
+    assert kinds(found) == ([("warning", "warned")] if given is None else [])
+    if given is None:
+        assert found["findings"][0]["rule"] == "default-mode"
+
+
+def test_findings_carry_the_rule_of_the_engine(doctor: Callable[..., Any]) -> None:
+    """Errors, warnings and looks name the rule; what the doctor alone looks at has none."""
+    net = model()
+    found = doctor(loss_and(net, AdamW(net.parameters())))
+    assert [f["rule"] for f in found["findings"]] == ["own-decay", ""]
+    found = doctor(loss_and(net, KeepsTwo(net.parameters())), "--mode", "decoupled")
+    assert [f["rule"] for f in found["findings"]] == ["two-sequences"]
+
+
 # -- what cannot be examined -----------------------------------------------------------------------
 
 

@@ -230,7 +230,7 @@ def lazy() -> nn.Module:
 
 
 @MODES
-@pytest.mark.parametrize("first", ["optimizer", "dry run"])
+@pytest.mark.parametrize("first", ["optimizer", "dry run", "given"])
 def test_lazy_modules_materialised_after_attach(first: str, mode: str, at: str) -> None:
     """Their first forward pass makes them; they are decayed from their first step on, whichever
     came first."""
@@ -246,8 +246,13 @@ def test_lazy_modules_materialised_after_attach(first: str, mode: str, at: str) 
         train(model, optimizer, inputs)
 
     model, twin = lazy(), lazy()
-    with attached(model, mode, at):
-        script(model, plain(mode))
+    if first == "given":
+        optimizer = plain(mode)(model)
+        with wdhook.attach(model, λ, mode=mode, at=at, optimizer=optimizer):
+            script(model, lambda _: optimizer)
+    else:
+        with attached(model, mode, at):
+            script(model, plain(mode))
     script(twin, own(mode, lazy_groups))
     assert_bit_equal(model.state_dict(), twin.state_dict())
 

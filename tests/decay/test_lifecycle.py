@@ -67,6 +67,35 @@ def test_remove_leaves_nothing(at: str) -> None:
     assert_bit_equal(model.state_dict(), twin.state_dict())
 
 
+@pytest.mark.parametrize("at", ["backward", "step"])
+def test_a_step_that_raised_keeps_no_hook_of_a_removed_handle(at: str) -> None:
+    """A step pre-hook raises before the decay; after remove() the optimizer decays no more.
+
+    Decay waits in a hook of the optimizer until its other step pre-hooks have run.
+    """
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    model, twin = twins(perceptron())
+    optimizer, reference = SGD(model.parameters(), lr=LR), SGD(twin.parameters(), lr=LR)
+    data = batches(model, 3)
+    hook = optimizer.register_step_pre_hook(fail)
+    with wdhook.attach(model, λ, at=at):
+        loss_of(model, data[0]).backward()
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+        assert len(optimizer._optimizer_step_pre_hooks) == 2
+    hook.remove()
+    assert not optimizer._optimizer_step_pre_hooks
+    other = perceptron()
+    with wdhook.attach(other, λ):
+        optimizer.zero_grad()
+        train(model, optimizer, data[1:])
+    train(twin, reference, data[1:])
+    assert_bit_equal(model.state_dict(), twin.state_dict())
+
+
 def test_others_hooks_stay() -> None:
     """Removing ours leaves the hooks of others, and their handles work."""
     model = perceptron()

@@ -128,12 +128,15 @@ class Machine(RuleBasedStateMachine):
 
     @rule(batch=BATCHES, reach=REACHES)
     def backward(self, batch: int, reach: str, how: str = "plain") -> None:
+        self.zero_what_is_refused()
+        self.do(lambda world: world.backward(batch, reach, how))
+
+    def zero_what_is_refused(self) -> None:
+        """Adding to a gradient that was put there is refused by the step, as test_rules shows."""
         accounts = self.twin.accounts.values()
-        # Each is judged by its neighbours, who may have fared otherwise; and to add to a gradient
-        # that was put there is refused by the step, as test_rules shows.
+        # Each is judged by its neighbours, who may have fared otherwise.
         if self.twin.is_mixed() or any(account.derived for account in accounts):
             self.zero(None, True)
-        self.do(lambda world: world.backward(batch, reach, how))
 
     @rule(batch=BATCHES, reach=REACHES, how=st.sampled_from(["twice", "create_graph", "raises"]))
     def odd_backward(self, batch: int, reach: str, how: str) -> None:
@@ -168,8 +171,10 @@ class Machine(RuleBasedStateMachine):
                 world.zero(self.index(index), closure == "to_none")
             world.backward(batch, "both", "plain")
 
-        if closure and self.twin.is_mixed():
-            self.zero(None, True)
+        if closure:
+            self.zero_what_is_refused()
+        if closure == "in place" and any(a.changed for a in self.twin.accounts.values()):
+            self.zero(None, True)  # some would be zeroed and others not, of one handle
         if self.config.at == "backward":  # from its first step on a parameter has a hook
             self.must |= {n for n in self.twin.due(self.index(index)) if n in self.trained()}
         self.do(lambda world: world.step(self.index(index), evaluate if closure else None))
@@ -205,12 +210,34 @@ class Machine(RuleBasedStateMachine):
             self.accumulate(batch, reach, clip, to_none, "plain")
 
     @precondition(lambda self: self.twin.scaler is None)
-    @rule(index=FIRST_OR_LAST, then=st.sampled_from(["again", "zero", "to_none", "go on"]))
-    def step_that_raises(self, index: int, then: str) -> None:
+    @rule(index=FIRST_OR_LAST, which=st.none() | st.integers(0, 30))
+    def hooked_step(self, index: int, which: int | None) -> None:
+        """The user has a step pre-hook, which clips the gradients or brings one."""
+        brought = None if which is None else self.name(which)
+        if brought and self.twin.accounts[brought].payments > 1:
+            return  # refused by the step, as test_rules shows
+        if self.config.at == "backward":
+            self.must |= {n for n in self.twin.due(self.index(index)) if n in self.trained()}
+        self.do(lambda world: world.hooked_step(self.index(index), brought))
+
+    @precondition(lambda self: self.twin.scaler is None)
+    @rule(index=FIRST_OR_LAST)
+    def wrapped_step(self, index: int) -> None:
+        if self.config.at == "backward":
+            self.must |= {n for n in self.twin.due(self.index(index)) if n in self.trained()}
+        self.do(lambda world: world.wrapped_step(self.index(index)))
+
+    @precondition(lambda self: self.twin.scaler is None)
+    @rule(
+        index=FIRST_OR_LAST,
+        then=st.sampled_from(["again", "zero", "to_none", "go on"]),
+        wrapped=st.booleans(),
+    )
+    def step_that_raises(self, index: int, then: str, wrapped: bool) -> None:
         accounts = [self.twin.accounts[n] for n in self.twin.places[index]]
         if any(account.kept or account.lost for account in accounts):
             return  # a step that reads nothing new
-        self.do(lambda world: world.fail(self.index(index)))
+        self.do(lambda world: world.fail(self.index(index), wrapped))
         if then == "again" or (then == "go on" and self.config.at == "step"):
             self.step(index, 0, None)  # at "step" what is added to these gradients cannot be seen
         elif then != "go on":
@@ -241,6 +268,35 @@ class Machine(RuleBasedStateMachine):
             self.do(lambda world: world.reload(self.index(index)))
         else:
             self.do(lambda world: world.schedule(self.index(index), factor, by_hand))
+
+    @rule(index=FIRST_OR_LAST, how=st.sampled_from(["reverse", "delete and add"]))
+    def reorder(self, index: int, how: str) -> None:
+        groups = self.twin.optimizers[index].param_groups
+        if len({group.get("maximize") for group in groups}) > 1:
+            return  # a backward pass would take the sign of another group, and the step refuse it
+        self.do(lambda world: world.reorder(self.index(index), how))
+
+    @precondition(lambda self: self.config.given)
+    @rule(index=FIRST_OR_LAST)
+    def turn(self, index: int) -> None:
+        """The optimizer maximizes from now on, or no longer."""
+        if "maximize" not in self.twin.optimizers[index].param_groups[0]:
+            return
+        if self.config.shared:
+            return  # nobody can say whose sign counts
+        self.zero(None, True)  # a decay with the old sign is an error of the step, tested elsewhere
+        self.do(lambda world: world.turn(self.index(index)))
+
+    @rule(part=st.sampled_from(["one", "two"]), how=st.sampled_from(["insert", "wrap", "delete"]))
+    def operate(self, part: str, how: str) -> None:
+        """Layers are inserted, wrapped, deleted: other parameters have the names that some had."""
+        before = {id(p): n for n, p in self.subject.params().items()}
+        must, spoiled, self.must = self.must, self.spoiled, set()
+        self.do(lambda world: world.operate(part, how))
+        names = {before[id(p)]: n for n, p in self.subject.params().items()}
+        self.must = {names[n] for n in must}
+        self.spoiled = {names[n] for n in spoiled}
+        self.compare()
 
     @rule(batch=BATCHES, copied=st.booleans())
     def look_elsewhere(self, batch: int, copied: bool) -> None:
@@ -376,18 +432,18 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "each micro-batch decays": (
         window.Window,
         "when_gradient_comes",
-        lambda self, grad: window.Evidence.FRESH,
+        lambda self, grad, out_of_place: window.Evidence.FRESH,
     ),
     "fresh buffers are not known": (
         window.Window,
         "when_gradient_comes",
-        lambda self, grad: window.Evidence.SAME,
+        lambda self, grad, out_of_place: window.Evidence.SAME,
     ),
     "no net": (steps.Part, "decay", lambda *args, **kwargs: None),
     "no hooks": (passes.Passes, "pay", lambda self, notes: None),
     "scaled too weakly": (tensors, "loss_scale", lambda scaler, device: None),
     "schedules stand still": (rate.Rate, "advance", lambda self, clock: None),
-    "silent": (rules.Rules, "tell", lambda self, id, facts: None),
+    "silent": (rules.Rules, "tell", lambda self, rule, facts: None),
     "nothing is marked": (window.Window, "pay", lambda self, grad: None),
 }
 

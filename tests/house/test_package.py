@@ -45,10 +45,11 @@ def test_imports_point_upwards_in_the_list_of_rooms() -> None:
             )
 
 
-@pytest.mark.xfail(reason="the room of the engine is to be rebuilt", strict=True)
 def test_no_file_imports_itself_by_a_detour() -> None:
     """No cycle between files, typing imports counted."""
     edges = {name: imports_of(path, typing_too=True) for name, path in FILES.items()}
+    for name, others in edges.items():
+        others.discard(name)  # `from . import plot` in the package itself is no detour
     for start in edges:
         reached: set[str] = set()
         waiting = list(edges[start])

@@ -117,7 +117,7 @@ def test_a_closure_at_moved_weights(mode: str, by: float) -> None:
             loss.backward()
         return loss
 
-    with wdhook.attach(model, λ, mode=mode, at="step") as decay:
+    with wdhook.attach(model, λ, mode=mode, at="step"):
         if by:
             with pytest.raises(
                 wdhook.UnsupportedOptimizerError, match=r'moved.*\n.*SGD\n.*at="backward"'

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import wdhook
 
 MODES: dict[str, dict[str, Any]] = {
-    "coupled at backward": {},
-    "coupled at step": {"at": "step"},
+    "coupled at backward": {"mode": "coupled"},
+    "coupled at step": {"mode": "coupled", "at": "step"},
     "decoupled": {"mode": "decoupled", "at": "step"},
 }
 Attach = Callable[[nn.Module, Any], contextlib.AbstractContextManager[Any]]

@@ -37,6 +37,7 @@ def imports_of(path: Path, typing_too: bool = False) -> set[str]:
             choices = (
                 parts,
                 [*parts, name.name],
+                [*parts, name.name, "__init__"],
                 [*parts, "__init__"],
             )  # a file, a file of a package, the package
             found.add(next(known for choice in choices if (known := ".".join(choice)) in FILES))

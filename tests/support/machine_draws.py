@@ -137,6 +137,9 @@ class Config:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             net = Net(self.one, self.two).to(torch.float64 if self.double else torch.float32)
+        for p in net.parameters():
+            if not p.any():
+                nn.init.constant_(p, 0.1)  # a decay of zeros is no witness, as test_events shows
         if self.frozen:
             net.get_submodule(self.frozen).requires_grad_(False)
         return net

@@ -116,13 +116,16 @@ class Twin(World):
             return
         with torch.no_grad():
             if self.config.mode == "coupled":
-                sign = -1.0 if "maximize" in self.config.optimizers[index] else 1.0
-                param.grad.add_(param, alpha=sign * λ * scale)
+                param.grad.add_(param, alpha=self.sign(index, name) * λ * scale)
             else:
                 param.mul_(1 - self.strength(name, index) * λ)
         account.paid = True
         account.payments += 1
         account.inside = self.config.mode == "coupled"
+
+    def sign(self, index: int, name: str) -> float:
+        """The sign of coupled decay: an optimizer that maximizes negates the gradient."""
+        return -1.0 if self.group(index, name).get("maximize") else 1.0
 
     def strength(self, name: str, index: int) -> float:
         """What λ is multiplied with in decoupled decay."""
@@ -130,7 +133,10 @@ class Twin(World):
         lr = {None: group["lr"], "half": group["lr"] / 2}.get(self.config.lr, self.config.lr)
         if self.config.mode == "decoupled":
             return lr
-        peaks, key = self.peaks[self.handle(name)], (index, self.places[index][name])
+        label = self.places[index][name]
+        # The peak is the parameter's, whichever optimizer steps it.
+        key = (0, label) if self.config.shared else (index, label)
+        peaks = self.peaks[self.handle(name)]
         peaks[key] = max(lr, group.get("initial_lr", lr), peaks.get(key, lr))
         return lr / peaks[key]
 
@@ -237,7 +243,7 @@ class Twin(World):
             account = self.accounts[name]
             if account.kept and not account.paid and self.config.mode == "coupled":
                 self.warn("again", name)
-        due, params = self.due(index), self.params()
+        due, params, read = self.due(index), self.params(), self.read(index)
         old = {name: params[name].detach().clone() for name in due}
         for name in due:
             if own:
@@ -252,7 +258,7 @@ class Twin(World):
             ):  # torch adds it to a copy, wdhook to the gradient itself
                 params[name].grad.add_(
                     old[name],
-                    alpha=-self.rate(name) if arguments.get("maximize") else self.rate(name),
+                    alpha=self.sign(index, name) * self.rate(name),
                 )
         for finished in self.finished:
             finished[index] += 1
@@ -260,11 +266,28 @@ class Twin(World):
         for name in self.places[index]:
             account = self.accounts[name]
             held = account.inside or account.kept or account.derived or (own and name in due)
+            # Zeroed away unseen, so taken to be there.
+            held = held or (account.lost and name in read and name not in due)
             kept = held and self.config.mode == "coupled" and name in grads
             self.accounts[name] = Account(kept=kept, lost=account.lost and name not in due)
 
-    def fail(self, index: int) -> None:
+    def fail(self, index: int, wrapped: bool) -> None:
         """A step pre-hook raises. Decay comes after the last of them, so nothing has happened."""
+
+    def wrapped_step(self, index: int) -> None:
+        self.step(index)
+
+    def hooked_step(self, index: int, brought: str | None) -> None:
+        if brought is None:
+            self.clip(index, "value")
+        else:
+            self.set_grad(brought, False)
+        self.step(index)
+
+    def rename(self, names: dict[str, str]) -> None:
+        super().rename(names)
+        self.own = {names[n]: value for n, value in self.own.items()}
+        self.accounts = {names[n]: account for n, account in self.accounts.items()}
 
     def scaled_step(self, index: int, clip: bool) -> None:
         optimizer = self.optimizers[index]

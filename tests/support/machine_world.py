@@ -103,12 +103,30 @@ class World:
     def step(self, index: int, closure: Callable[[World], None] | None) -> None:
         self.optimizers[index].step(*([] if closure is None else [lambda: closure(self)]))
 
-    def fail(self, index: int) -> None:
-        """A step that raises before it changes any parameter."""
-        hook = self.optimizers[index].register_step_pre_hook(stop)
+    def fail(self, index: int, wrapped: bool) -> None:
+        """A step that raises before it changes any parameter; in a wrapper's step, perhaps."""
+        optimizer = self.optimizers[index]
+        hook = optimizer.register_step_pre_hook(stop)
         with suppress(PlannedError):
-            self.optimizers[index].step()
+            (Outer(optimizer) if wrapped else optimizer).step()
         hook.remove()
+
+    def wrapped_step(self, index: int) -> None:
+        """The step of a wrapper, which lets the optimizer inside step."""
+        Outer(self.optimizers[index]).step()
+
+    def hooked_step(self, index: int, brought: str | None) -> None:
+        """A step pre-hook of the user clips the gradients, or brings one."""
+
+        def hook(*_: Any) -> None:
+            if brought is None:
+                self.clip(index, "value")
+            else:
+                self.set_grad(brought, False)
+
+        handle = self.optimizers[index].register_step_pre_hook(hook)
+        self.optimizers[index].step()
+        handle.remove()
 
     def scaled_step(self, index: int, clip: bool) -> None:
         if clip:
@@ -169,9 +187,60 @@ class World:
         for group in self.groups(self.places[-1], len(self.model.two) + 9, names, 0.03):
             self.optimizers[-1].add_param_group(group)
 
+    def operate(self, part: str, how: str) -> None:
+        """Surgery: the parameters of one part get other names."""
+        layers = self.model.get_submodule(part)
+        before = {id(p): n for n, p in self.params().items()}
+        if how == "insert":
+            layers.insert(0, nn.Identity())
+        elif how == "wrap":
+            layers[0] = nn.Sequential(layers[0])
+        elif isinstance(layers[0], nn.Identity):
+            del layers[0]
+        self.known = None
+        self.rename({before[id(p)]: n for n, p in self.params().items()})
+
+    def rename(self, names: dict[str, str]) -> None:
+        """Call parameters by their new names."""
+        self.places = [{names[n]: i for n, i in place.items()} for place in self.places]
+
+    def turn(self, index: int) -> None:
+        """A minimax loop turns round."""
+        for group in self.optimizers[index].param_groups:
+            group["maximize"] = not group["maximize"]
+
+    def reorder(self, index: int, how: str) -> None:
+        """The param groups get other numbers: reversed, or the first is deleted and added again."""
+        optimizer, place = self.optimizers[index], self.places[index]
+        if how == "reverse":
+            optimizer.param_groups.reverse()
+            self.places[index] = dict(reversed(place.items()))
+            return
+        first = next(iter(place.values()))
+        moved = [n for n, i in place.items() if i == first]
+        count = len(self.split(moved))
+        gone = optimizer.param_groups[:count]
+        del optimizer.param_groups[:count]
+        for group in gone:
+            optimizer.add_param_group(group)
+        for name in moved:
+            place[name] = place.pop(name)
+
     def reload(self, index: int) -> None:
         """An optimizer's checkpoint replaces its param groups."""
         self.optimizers[index].load_state_dict(copy.deepcopy(self.optimizers[index].state_dict()))
+
+
+class Outer(Optimizer):
+    """As Lookahead: a wrapper that lets the optimizer inside step."""
+
+    def __init__(self, inside: Optimizer) -> None:
+        self.inside = inside
+        super().__init__(inside.param_groups, {})
+        self.param_groups = inside.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inside.step(closure)
 
 
 class Subject(World):
@@ -198,6 +267,10 @@ class Subject(World):
             own = {n[len(prefix) :]: value for n, value in self.own.items() if n.startswith(prefix)}
             given = partial(scheduled, λ) if config.scheduled else λ
             self.handles.append(wdhook.attach(root, given, overrides=own or None, **arguments))
+
+    def rename(self, names: dict[str, str]) -> None:
+        super().rename(names)
+        self.own = {names[n]: value for n, value in self.own.items()}
 
     def hooked(self) -> set[str]:
         """Parameters with a hook that decays; at "step" a few have one that only watches."""

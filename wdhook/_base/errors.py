@@ -1,4 +1,4 @@
-"""Every error and warning that wdhook raises.
+"""The errors and warnings of wdhook.
 
 Each error is also the builtin that a caller would expect (`ValueError` for a bad argument,
 `RuntimeError` for a training loop that cannot be decayed correctly), so that code which
@@ -37,7 +37,7 @@ class NothingToDecayError(ArgumentError):
 
 
 class LearningRateError(ArgumentError):
-    """Decoupled decay needs a learning rate, and the one at hand is missing or not effective."""
+    """Decoupled decay needs a learning rate: none is known, or not the effective rate."""
 
 
 class AlreadyAttachedError(WdhookError, RuntimeError):
@@ -45,23 +45,23 @@ class AlreadyAttachedError(WdhookError, RuntimeError):
 
 
 class DoubleDecayError(WdhookError, RuntimeError):
-    """The optimizer decays a parameter that wdhook decays too."""
+    """The optimizer and wdhook decay the same parameter."""
 
 
 class MasterWeightsError(WdhookError, RuntimeError):
-    """The optimizer that steps does not own a decayed parameter that has a gradient."""
+    """A decayed parameter has a gradient, and the optimizer of the step does not own it."""
 
 
 class LossScaleError(WdhookError, RuntimeError):
-    """The loss is scaled in a way that coupled decay does not know."""
+    """The loss is scaled by a factor unknown to coupled decay."""
 
 
 class UndecayedError(WdhookError, RuntimeError):
-    """A step has ended in which a decayed parameter had a gradient and was not decayed."""
+    """A step has read the gradient of a decayed parameter without decay."""
 
 
 class AmbiguousGradientError(WdhookError, RuntimeError):
-    """wdhook cannot tell how often a gradient contains the decay of this step."""
+    """A gradient contains the decay of this step an unknown number of times."""
 
 
 class UnsupportedOptimizerError(WdhookError, RuntimeError):
@@ -69,11 +69,11 @@ class UnsupportedOptimizerError(WdhookError, RuntimeError):
 
 
 class NoGradientError(WdhookError, RuntimeError):
-    """One-shot decay was asked for before any gradient exists."""
+    """One-shot decay came before any gradient."""
 
 
 class WdhookWarning(UserWarning):
-    """Something that is probably not what the user wants, but has a meaning.
+    """A probable mistake with a meaning: training goes on.
 
     Attributes:
         problem: what is wrong, as data; None where the message is all there is.

@@ -1,4 +1,4 @@
-"""One thing that is wrong, as data: what errors, warnings and the doctor's findings carry."""
+"""A problem as data, for errors, warnings and the findings of the doctor."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: the broken rule, the facts, and the call that mends it.
+    """A broken rule, the facts, and the call that mends the training.
 
     Attributes:
         what: the broken rule, in a sentence or two.
         facts: labels and values, in the order of the message.
-        fix: the call or the change that mends it.
+        fix: the call or the change that mends the training.
         parameters: names of the parameters concerned.
     """
 

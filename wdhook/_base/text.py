@@ -1,4 +1,4 @@
-"""Rows of text: folds neighbours whose names differ in numbers alone, and aligns columns."""
+"""Rows of text: folds neighbours with names that differ in numbers alone, and aligns columns."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
-NUMBER = re.compile(
-    r"(?<![^.])\d+(?![^.])"
-)  # a path component that is a number: the 3 of "layers.3.fc"
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a path component: the 3 of "layers.3.fc"
 Row = tuple[str, ...]
 Index = tuple[tuple[int, int], ...]  # one (first, last) for each number of a name
 
 
 class Named(Protocol):
-    """What has the name of a parameter."""
+    """An object with the name of a parameter."""
 
     @property
     def name(self) -> str:
@@ -25,7 +23,7 @@ T = TypeVar("T", bound=Named)
 
 
 def fold_by(items: Sequence[T], alike: Callable[[T], object]) -> list[tuple[str, T]]:
-    """`fold` for whatever has a name: joins neighbours for which `alike` gives the same."""
+    """Join neighbours with equal results of `alike`, and with names that differ in numbers."""
     groups: dict[tuple[object, ...], list[tuple[Index, T]]] = {}
     for item in items:
         index = tuple((int(n), int(n)) for n in NUMBER.findall(item.name))
@@ -66,8 +64,7 @@ def _label(name: str, index: Index) -> str:
 
 
 def aligned(rows: Sequence[Row], right: Iterable[int] = ()) -> list[str]:
-    """Rows as lines of text, with a rule below the heading; the columns in `right` are flush
-    right."""
+    """Rows as lines of text, with a rule below the heading. Columns in `right` are flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = set(right)
     lines = [

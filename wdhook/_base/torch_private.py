@@ -1,7 +1,6 @@
-"""The one door to private parts of torch. Nothing else in the package reads them.
+"""The one door to private parts of torch. No other file of the package reads any.
 
-Each has its reason here, and a test in tests/house/test_torch_private.py that fails when torch
-changes it.
+Each has its reason here, and a test of its behaviour in tests/house/test_torch_private.py.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,36 +21,41 @@ from torch.utils.hooks import RemovableHandle
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 OPTIMIZER_FILE = Optimizer.profile_hook_step.__code__.co_filename
-"""The file of the wrapper that torch puts around every step: a frame of it is a step that runs."""
+"""The file of torch's wrapper around every step. A frame of the wrapper is a running step."""
+
+STATE_MAKERS = frozenset({"_init_optim_state"})
+"""Functions of torch.distributed.checkpoint with steps that only make a state."""
+
+COMPILED_FROM = "_torchdynamo_orig_callable"
+"""The attribute of a compiled function with the function before compilation."""
 
 
 # Autograd --------------------------------------------------------------------------------------
 
 graph_task_id: Callable[[], int] = torch._C._current_graph_task_id
-"""Autograd has no other name for "this backward pass". -1 outside of one."""
+"""Autograd's number of the present backward pass; -1 outside. There is no public name."""
 
 
 def at_the_end_of_the_pass(call: Callable[[], None]) -> None:
-    """Let autograd make a call when the present backward pass ends, after all others'.
+    """Let autograd make a call at the end of the present backward pass, as the last one.
 
-    DistributedDataParallel and FSDP queue callbacks too, which write the gradients. A callback
-    that is queued by a callback comes after them.
+    DistributedDataParallel and FSDP queue callbacks too, which write the gradients. A callback that
+    is queued by a callback comes after theirs.
     """
     queue = torch.autograd.Variable._execution_engine.queue_callback
     queue(partial(queue, call))  # no Python frame, which Dynamo would look at
 
 
 def in_compiled_autograd() -> bool:
-    """Tell that compiled autograd runs the backward pass: its region takes no callbacks."""
+    """Tell a backward pass of compiled autograd, which takes no callbacks."""
     module = sys.modules.get("torch._dynamo.compiled_autograd")
     return bool(getattr(module, "in_compiled_autograd_region", False))
 
 
 def register_first(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Register a post-accumulate-grad hook that runs before the hooks which are there already.
+    """Register a post-accumulate-grad hook before the hooks of others.
 
-    An optimizer that steps inside the backward pass does so in such a hook, and decay comes before
-    the step.
+    An optimizer inside the backward pass steps in such a hook, and decay comes before the step.
     """
     handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     hooks: Any = param._post_accumulate_grad_hooks
@@ -63,16 +68,24 @@ def register_first(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHa
 
 
 def hooks_of(param: Tensor) -> Mapping[int, Any]:
-    """Post-accumulate-grad hooks of a parameter, in the order in which autograd calls them."""
+    """Post-accumulate-grad hooks of a parameter, in the order of the calls."""
     return param._post_accumulate_grad_hooks or {}
+
+
+gradient_hooks = attrgetter("_backward_hooks")
+"""Hooks on the gradient of a tensor; LOMO updates parameters in those of other parameters."""
+
+
+def has_hook(param: Tensor, handle: RemovableHandle) -> bool:
+    """The post-accumulate hook of `handle` is one of this parameter."""
+    return handle.id in (param._post_accumulate_grad_hooks or ())
 
 
 # Tensors ---------------------------------------------------------------------------------------
 
 
 def version(tensor: Tensor) -> int:
-    """Count of in-place changes, which views share with their base; -1 for a tensor of inference
-    mode."""
+    """Number of in-place changes, shared by views and base; -1 for a tensor of inference mode."""
     try:
         return tensor._version
     except RuntimeError:
@@ -80,7 +93,7 @@ def version(tensor: Tensor) -> int:
 
 
 def local_version(tensor: Tensor) -> int:
-    """Version of the local shard of a DTensor, which counts apart; 0 for any other tensor."""
+    """Version of the local shard of a DTensor, with a count of its own; 0 for any other tensor."""
     local = getattr(tensor, "_local_tensor", None)
     return 0 if local is None else local._version
 
@@ -90,13 +103,13 @@ def is_view(tensor: Tensor) -> bool:
     return tensor._is_view()
 
 
-def base_of(tensor: Tensor) -> Tensor | None:
-    """The tensor that a view is a slice of."""
-    return tensor._base
+def sparse_values(tensor: Tensor) -> Tensor:
+    """The values of a sparse tensor, also with repeated indices, which `Tensor.values` refuses."""
+    return tensor._values()
 
 
 def storage_of(tensor: Tensor) -> StorageWeakRef | None:
-    """Weak reference to the memory of a tensor; None where a tensor has none of its own.
+    """Weak reference to the memory of a tensor; None for a tensor without memory.
 
     A weak reference to the tensor itself would stop `torch.utils.swap_tensors`.
     """
@@ -108,26 +121,53 @@ def storage_of(tensor: Tensor) -> StorageWeakRef | None:
 
 
 def is_storage_of(known: StorageWeakRef | None, tensor: Tensor) -> bool:
-    """Tell whether the memory that a weak reference names is alive, and that of `tensor`."""
+    """Tell the memory of `tensor` from any other, alive or freed."""
     if known is None or known.expired():  # type: ignore[no-untyped-call]
         return False
     local = getattr(tensor, "_local_tensor", tensor)
     return bool(known.cdata == local.untyped_storage()._cdata)
 
 
+def is_part_of_flat_parameter(param: Tensor) -> bool:
+    """Tell a parameter that FSDP1 shows as a part of its flat parameter (``use_orig_params``)."""
+    return hasattr(param, "_fsdp_flattened")
+
+
 # Optimizers ------------------------------------------------------------------------------------
 
 
 def step_pre_hooks(optimizer: Optimizer) -> dict[int, Any]:
-    """The optimizer's own step pre-hooks, which torch runs after those of the process.
+    """The optimizer's own step pre-hooks. torch runs the hooks of the process before.
 
-    torch has no public way to be the last of them.
+    torch has no public way to be the last hook.
     """
     return optimizer._optimizer_step_pre_hooks
 
 
+def step_post_hooks(optimizer: Optimizer) -> dict[int, Any]:
+    """The optimizer's own step post-hooks. torch runs the hooks of the process after."""
+    return optimizer._optimizer_step_post_hooks
+
+
+def register_first_step_post_hook(
+    optimizer: Optimizer, hook: Callable[..., None]
+) -> RemovableHandle:
+    """Register a step post-hook before the hooks of others, which may raise."""
+    handle: RemovableHandle = optimizer.register_step_post_hook(hook)
+    hooks: Any = optimizer._optimizer_step_post_hooks
+    hooks.move_to_end(handle.id, last=False)
+    return handle
+
+
+def process_step_post_hooks() -> dict[int, Any]:
+    """The step post-hooks of the process, in the order of the calls."""
+    from torch.optim import optimizer
+
+    return optimizer._global_optimizer_post_hooks
+
+
 def process_step_pre_hooks() -> dict[int, Any]:
-    """The step pre-hooks of the process, in the order in which torch runs them."""
+    """The step pre-hooks of the process, in the order of the calls."""
     from torch.optim import optimizer
 
     return optimizer._global_optimizer_pre_hooks
@@ -139,9 +179,8 @@ def process_step_pre_hooks() -> dict[int, Any]:
 def never_compiled(function: _F) -> _F:
     """`torch.compiler.disable` at no cost for each call, and without an import of torch._dynamo.
 
-    A backward pass inside a compiled function would compile the hook anew for each shape of
-    parameter.
-    Compiled autograd and a compiled step would inline what they call, with guards on windows and λ.
+    A backward pass inside a compiled function would compile the hook for each shape of parameter.
+    Compiled autograd and a compiled step would inline it, with guards on windows and λ.
     """
     dynamo: Any = torch._C._dynamo.eval_frame
     try:
@@ -161,7 +200,7 @@ def never_compiled(function: _F) -> _F:
 
 
 def steps_in_communication_hook(replica: Any) -> bool:
-    """Tell a DistributedDataParallel module whose communication hook steps an optimizer.
+    """Tell a DistributedDataParallel module with an optimizer step in its communication hook.
 
     The hooks of torch.distributed.algorithms that do so have "optimizer" in their names.
     """
@@ -173,7 +212,7 @@ def steps_in_communication_hook(replica: Any) -> bool:
 
 
 def pipeline_schedules() -> type[Any] | None:
-    """The base class of torch's pipeline schedules, once something has imported them."""
+    """The base class of torch's pipeline schedules, once imported."""
     module = sys.modules.get("torch.distributed.pipelining.schedules")
     return getattr(module, "_PipelineSchedule", None)
 

@@ -30,7 +30,7 @@ def check_factor(value: object, argument: str = "weight_decay") -> float:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """True for a real number, one of numpy too, and False for a truth value."""
+    """Tell a real number (of numpy, too) from a truth value and other objects."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 

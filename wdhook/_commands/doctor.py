@@ -9,6 +9,8 @@ from typing import Any
 
 from .._decay.arguments import MODES, MOMENTS
 from .._decay.attach import attach
+from .._plan.decide import plan
+from .._plan.plan import Plan
 from .examination import Examination
 from .findings import SEVERITIES, Finding
 from .inputs import parse_kwargs
@@ -69,7 +71,6 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         "--mode",
         type=one_of(MODES),
         metavar=braced(MODES),
-        default="coupled",
         help="as in wdhook.attach (default: coupled)",
     )
     attached.add_argument(
@@ -98,7 +99,11 @@ def run(arguments: argparse.Namespace) -> int:
     training = training_of(made, arguments.target, arguments.input)
     with near_selectors(arguments, training.model):
         examination = Examination(
-            training, lambda: _attach(training, arguments), arguments.mode, arguments.at
+            training,
+            lambda: _attach(training, arguments),
+            lambda: _plan(training, arguments),
+            arguments.mode,
+            arguments.at,
         )
     examination.run()
     if arguments.json:
@@ -106,6 +111,15 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(examination)
     return FOUND if any(finding.severity != "note" for finding in examination.findings) else 0
+
+
+def _plan(training: Training, arguments: argparse.Namespace) -> Plan:
+    return plan(
+        training.model,
+        arguments.weight_decay,
+        overrides=overrides_of(arguments),
+        recipe=arguments.recipe,
+    )
 
 
 def _attach(training: Training, arguments: argparse.Namespace) -> Any:
@@ -129,9 +143,9 @@ def _as_json(examination: Examination, arguments: argparse.Namespace) -> dict[st
         attached.append(
             {
                 "by": "make" if examination.was_attached else "doctor",
-                "weight_decay": engine.weight_decay,
-                "mode": engine.settings.mode,
-                "at": engine.settings.at,
+                "weight_decay": engine.state.rate.weight_decay,
+                "mode": engine.state.config.mode,
+                "at": engine.state.config.at,
                 "decayed_tensors": len(engine.plan.decayed),
             }
         )
@@ -155,7 +169,7 @@ def _print(examination: Examination) -> None:
     print(f"{type(training.model).__name__}, {tensors}; {kinds}, {steps} seen")
     by = "attached by make()" if examination.was_attached else "attached for this run"
     for engine in examination.engines:
-        settings = engine.settings
+        settings = engine.state.config
         line = f"{by}: {engine.plan!r}, mode={settings.mode!r}, at={settings.at!r}"
         print(*paragraph(line, later="  "), sep="\n")
     print()

@@ -1,55 +1,92 @@
-"""A finding: what the doctor says, in the words of the engine's errors and warnings where it has some."""
+"""Findings of the doctor: problems of the engine and of the doctor itself, with a severity."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .._base.errors import WdhookError
+from .._base.problem import Problem
 
 SEVERITIES = ("error", "warning", "note")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Finding:
-    """One thing that was found.
+    """One problem of a training, with its severity.
 
     Attributes:
-        severity: ``error``: wdhook stops there, or the decay would be wrong; ``warning``: probably not what is
-            wanted; ``note``: what to know before something is changed.
+        severity: ``error``: wdhook stops there, or the decay would be wrong; ``warning``: probably
+            a mistake; ``note``: worth knowing before a change.
         kind: one of a fixed list of words, for programs.
-        what: one sentence.
-        do: what mends it.
-        facts: labels and what they are here.
-        parameters: names, in the order of the model.
+        problem: the sentences, the facts, the way out and the parameters.
+        rule: id of the engine's rule in docs/limits.md; empty for what the doctor alone looks at.
     """
 
     severity: str
     kind: str
-    what: str
-    do: str
-    facts: dict[str, str] = field(default_factory=dict)
-    parameters: list[str] = field(default_factory=list)
+    problem: Problem
+    rule: str = ""
+
+    @property
+    def what(self) -> str:
+        """The broken rule."""
+        return self.problem.what
+
+    @property
+    def do(self) -> str:
+        """The call or the change that mends the training."""
+        return self.problem.fix
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Labels and values. The parameters have a place of their own."""
+        facts = {label: str(value) for label, value in self.problem.facts.items()}
+        if self.problem.parameters:
+            facts.pop("parameter", None)
+        return facts
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the parameters concerned, in the order of the model."""
+        return list(self.problem.parameters)
 
     def as_dict(self) -> dict[str, Any]:
         """The finding as JSON."""
-        return asdict(self)
+        return {
+            "severity": self.severity,
+            "kind": self.kind,
+            "rule": self.rule,
+            "what": self.what,
+            "do": self.do,
+            "facts": self.facts,
+            "parameters": self.parameters,
+        }
 
 
-def told(message: str, severity: str, kind: str, parameters: Iterable[str] = ()) -> Finding:
-    """A finding in the words of an error or a warning of wdhook: the rule, labelled facts, what mends it."""
-    what, *lines = message.split("\n")
-    labelled = (line.partition(":") for line in lines[:-1])
-    facts = {label.strip(): fact.strip() for label, colon, fact in labelled if colon}
-    named = facts.pop("parameter", "").split(" ")[0]
-    names = list(parameters) or [named][: len(named)]
-    return Finding(severity, kind, what, lines[-1].strip() if lines else "", facts, names)
+def raised(error: WdhookError, severity: str = "error") -> Finding:
+    """The finding of an error of wdhook."""
+    problem = error.problem or Problem(str(error), "")
+    return Finding(severity, kind_of(type(error)), problem, error.rule)
 
 
-def raised(error: WdhookError, severity: str = "error", parameters: Iterable[str] = ()) -> Finding:
-    """A finding in the words of an error."""
-    # DoubleDecayError is of the kind "double-decay".
-    kind = re.sub(r"(?<!^)(?=[A-Z])", "-", type(error).__name__.removesuffix("Error")).lower()
-    return told(str(error), severity, kind, parameters)
+def kind_of(error: type[WdhookError]) -> str:
+    """The kind of an error class: "double-decay" for DoubleDecayError."""
+    words = re.sub(r"(?<!^)(?=[A-Z])", "-", error.__name__.removesuffix("Error"))
+    return words.lower()
+
+
+def joined(problems: Iterable[Problem]) -> list[Problem]:
+    """One problem for each sentence, with the parameters of all and the facts of the first."""
+    first: dict[str, Problem] = {}
+    names: dict[str, list[str]] = {}
+    for problem in problems:
+        first.setdefault(problem.what, problem)
+        names.setdefault(problem.what, []).extend(problem.parameters)
+    result = []
+    for what, problem in first.items():
+        unique = tuple(dict.fromkeys(names[what]))
+        result.append(Problem(what, problem.fix, problem.facts, unique))
+    return result

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .._audit.sandbox import tensors_in
 from .._decay.handle import WeightDecay
-from .._decay.optimizers import innermost, tells_of_steps
+from .._decay.optimizers import announces_steps, inner_optimizers, innermost
 from .inputs import parse_inputs
 from .shared import UsageError, with_article
 
@@ -216,7 +216,7 @@ def run_step(training: Training, seen: Seen) -> None:
     """
     awaited = []
     for optimizer in training.optimizers:
-        if any(tells_of_steps(inner) for inner in innermost(optimizer)):
+        if any(announces_steps(inner) for inner in innermost(optimizer)):
             awaited.append(optimizer)
     for _ in range(_CALLS):
         before = seen.events
@@ -232,7 +232,7 @@ def _finish(training: Training, loss: Any) -> None:
     for optimizer in training.optimizers:
         optimizer.zero_grad()
     _backward(training, loss)
-    for optimizer in training.optimizers:
+    for optimizer in _outermost(training.optimizers):
         if training.scaler is not None:
             training.scaler.step(optimizer)
         elif _needs_closure(optimizer):
@@ -241,6 +241,14 @@ def _finish(training: Training, loss: Any) -> None:
             optimizer.step()
     if training.scaler is not None:
         training.scaler.update()
+
+
+def _outermost(optimizers: Sequence[Any]) -> list[Any]:
+    """The optimizers outside of any wrapper: a wrapper steps those inside."""
+    inside: set[int] = set()
+    for optimizer in optimizers:
+        inside.update(map(id, inner_optimizers(optimizer)))
+    return [optimizer for optimizer in optimizers if id(optimizer) not in inside]
 
 
 def _evaluated(training: Training, optimizer: Any) -> Any:

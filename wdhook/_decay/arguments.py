@@ -135,7 +135,7 @@ def ready_plan(
             "A ready plan has its `overrides`, `recipe` and `inputs` in it already: give them to "
             "wdhook.plan instead"
         )
-    names = {name for name, _ in named_parameters(model)}
+    names = dict(named_parameters(model))
     unknown = [
         name for name in (*names, *weight_decay) if (name in names) != (name in weight_decay)
     ]

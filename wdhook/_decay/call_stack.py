@@ -17,9 +17,7 @@ from typing import Any
 
 import torch
 
-from .._base.torch_private import OPTIMIZER_FILE
-
-_STATE_MAKERS = {"_init_optim_state"}  # of torch.distributed.checkpoint.state_dict
+from .._base.torch_private import OPTIMIZER_FILE, STATE_MAKERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,7 @@ def look() -> Running:
         elif name == "step" and scaler is None and code is torch.amp.GradScaler.step.__code__:
             # Only now: a frame that was asked for its locals keeps them alive.
             scaler = frame.f_locals["self"]
-        elif name in _STATE_MAKERS:
+        elif name in STATE_MAKERS:
             makes_state = True
     if scaler is not None and not scaler.is_enabled():
         scaler = None

@@ -40,9 +40,8 @@ class Engine:
         self.watchers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.on_close: Callable[[], None] = lambda: None
         self.closed = False
-        self._outliving: list[
-            weakref.ref[Entry]
-        ] = []  # entries that were there when the last module died
+        # Entries that were there when the last module died, by the ids of these references.
+        self._outliving: dict[int, weakref.ref[Entry]] = {}
         model_ref = ModelRef(model, self._model_died)
         rate = Rate(plan.weight_decay, config.schedule, config.lr)
         self._unowned = rate.new_clock()
@@ -68,9 +67,8 @@ class Engine:
 
     def _track(self) -> None:
         parameters, covered = self.state.parameters, []
-        decided = parameters.decided()
         for found in parameters.walk():
-            entry = parameters.track(found.param, decided.get(id(found.param)))
+            entry = parameters.track(found.param, parameters.known(found.param))
             if entry is not None:
                 self.passes.cover(found.param, entry)
                 if found.param.requires_grad and not is_lazy(found.param):
@@ -93,14 +91,15 @@ class Engine:
             return
         # Parameters may be trained on without a module: exported graphs and functional code share
         # them.
-        self.state.parameters.let_go()
         entries = self.state.parameters.entries()
-        self._outliving = [weakref.ref(entry, self._entry_died) for entry in entries]
+        refs = [weakref.ref(entry, self._entry_died) for entry in entries]
+        self._outliving = {id(ref): ref for ref in refs}
+        del entries
         self._entry_died(None)
 
     def _entry_died(self, ref: object) -> None:
         if ref is not None:
-            self._outliving.pop()  # only the number of survivors is used
+            self._outliving.pop(id(ref))
         if not self._outliving and not self.closed:
             self.close()
 
@@ -173,12 +172,13 @@ class Engine:
 
     def save(self) -> dict[str, Any]:
         """What a saved handle holds besides λ."""
-        return self.state.rate.save(self.state.parameters.entries())
+        return self.state.rate.save(self.state.parameters.progress())
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Undo of `save`, and of the λ that a schedule has given since."""
         parameters, rate = self.state.parameters, self.state.rate
         entries = parameters.entries()
+        parameters.forget_progress()
         rate.load(saved, entries)
         for param, entry in parameters.pairs():
             if entry.terms.place is None:

@@ -18,12 +18,21 @@ Place = tuple[weakref.ref[Any], int]
 
 
 class Peak:
-    """The largest learning rate so far of the parameters that share it."""
+    """The largest learning rate so far of the parameters that share it: those of a param group.
 
-    __slots__ = ("value",)
+    Attributes:
+        value: None before the first payment.
+        shared: a param group has it.
+    """
 
-    def __init__(self, value: Number | None = None) -> None:
+    __slots__ = ("shared", "value")
+
+    def __init__(self, value: Number | None = None, shared: bool = False) -> None:
         self.value = value
+        self.shared = shared
+
+
+_NO_PEAK = Peak()  # of all parameters whose optimizer is not known; nothing is noted in it
 
 
 class Receipt:
@@ -44,6 +53,21 @@ class Receipt:
 
 
 _NOTHING = Receipt(0.0)
+
+
+class Progress:
+    """How far a parameter has come: more than its optimizers know, which may be made anew.
+
+    Attributes:
+        peak: the largest learning rate so far.
+        clock: counts the steps of its optimizer.
+    """
+
+    __slots__ = ("clock", "peak")
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.peak = _NO_PEAK
 
 
 class Terms:
@@ -113,21 +137,21 @@ def _group(place: Place | None) -> tuple[Any, dict[str, Any]] | None:
 class Entry(Window):
     """One decayed parameter: its window, its λ, and what its formula remembers.
 
-    A hook on the parameter owns the entry, which dies with the parameter. An entry does not refer
-    to its parameter,
-    not even weakly: `torch.utils.swap_tensors` refuses tensors with weak references.
+    A hook on the parameter owns the entry, which dies with the parameter; at "step", the optimizers
+    own it. An entry does not refer to its parameter, not even weakly: `torch.utils.swap_tensors`
+    refuses tensors with weak references.
 
     Attributes:
         name: of the parameter, in the model.
         own: an absolute λ; None where λ is the handle's.
-        peak: the largest learning rate so far.
+        progress: what outlives the entry.
         receipt: what the last payment was made with.
         terms: numbers shared with other parameters.
         handle: of the hook; None where there is none.
         memo: state of the formula, of whatever type.
     """
 
-    __slots__ = ("handle", "memo", "name", "own", "peak", "receipt", "terms")
+    __slots__ = ("handle", "memo", "name", "own", "progress", "receipt", "terms")
 
     terms: Terms
 
@@ -135,7 +159,7 @@ class Entry(Window):
         super().__init__(clock)
         self.name = name
         self.own = own
-        self.peak = Peak()
+        self.progress = Progress(clock)
         self.receipt = _NOTHING
         self.handle: RemovableHandle | None = None
         self.memo: Any = None
@@ -144,6 +168,25 @@ class Entry(Window):
     def weight_decay(self) -> float:
         """λ of the next step."""
         return self.clock.weight_decay if self.own is None else self.own
+
+    @property
+    def peak(self) -> Peak:
+        """The largest learning rate so far."""
+        return self.progress.peak
+
+    @peak.setter
+    def peak(self, peak: Peak) -> None:
+        self.progress.peak = peak
+
+    def move(self, clock: Clock) -> None:
+        """Let another optimizer close this window from now on."""
+        super().move(clock)
+        self.progress.clock = clock
+
+    def resume(self, progress: Progress) -> None:
+        """Go on where the parameter was, or the one that it has replaced."""
+        self.progress = progress
+        self.clock = progress.clock
 
 
 Pair = tuple[Tensor, Entry]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from .._base.errors import LearningRateError, UnsupportedOptimizerError
 from .._base.problem import Problem
+from .._base.torch_private import COMPILED_FROM
 from .tensors import Number
 
 _SEQUENCES = {"z", "x0", "x_k"}  # of ScheduleFree and FTRL; MADGRAD and dual averaging; A2Grad
@@ -35,7 +37,7 @@ def learning_rate(group: Mapping[str, Any], given: LearningRate | None) -> Numbe
         return _called(given, group)
     if given is not None:
         return given
-    lr: Any = group.get("lr")
+    lr: Number | None = group.get("lr")
     if lr is None:
         raise LearningRateError(
             Problem(
@@ -45,11 +47,10 @@ def learning_rate(group: Mapping[str, Any], given: LearningRate | None) -> Numbe
                 {"group['lr']": repr(lr)},
             )
         )
-    if (
-        "d" in group and "beta2_decay" not in group
-    ):  # torch's Adafactor calls its clipping threshold `d`
+    # torch's Adafactor calls its clipping threshold `d`.
+    if "d" in group and "beta2_decay" not in group:
         return _estimated(group)
-    return lr  # type: ignore[no-any-return]
+    return lr
 
 
 def _called(given: Callable[[Mapping[str, Any]], Number], group: Mapping[str, Any]) -> Number:
@@ -90,7 +91,8 @@ def _estimated(group: Mapping[str, Any]) -> Number:
         return step
     beta1, beta2 = group["betas"][:2]
     count = group["k"] + 1  # Adam's correction for the step that is coming
-    return step * ((1 - beta2**count) ** 0.5 / (1 - beta1**count))
+    corrections: float = (1 - beta2**count) ** 0.5 / (1 - beta1**count)
+    return step * corrections
 
 
 def known_rates(group: Mapping[str, Any]) -> list[Number]:
@@ -175,26 +177,20 @@ def _leads_to_class(step: Any, optimizer: Optimizer, depth: int = 4) -> bool:
 
     Followed through ``__wrapped__``, bound methods, partials and the cells of closures.
     """
-    if depth == 0:
+    if depth == 0 or not (callable(step) or step is optimizer):
         return False
-    if getattr(step, "hooked", False):
+    if getattr(step, "hooked", False) or step is type(optimizer).step or step is optimizer:
         return True
-    if step is type(optimizer).step or step is optimizer:
-        return True
-    inside = [
-        getattr(step, name, None)
-        for name in ("__wrapped__", "__func__", "func", "_torchdynamo_orig_callable")
-    ]
-    cells = getattr(step, "__closure__", None) or ()
-    for cell in cells:
-        try:
-            inside.append(cell.cell_contents)
-        except ValueError:  # an empty cell
-            continue
-    if not callable(step):
-        return False
-    known = (value for value in inside if callable(value) or value is optimizer)
-    return any(_leads_to_class(value, optimizer, depth - 1) for value in known)
+    return any(_leads_to_class(value, optimizer, depth - 1) for value in _wrapped_by(step))
+
+
+def _wrapped_by(step: Any) -> Iterator[Any]:
+    """What a function wraps: by attribute, or in the cells of a closure."""
+    for name in ("__wrapped__", "__func__", "func", COMPILED_FROM):
+        yield getattr(step, name, None)
+    for cell in getattr(step, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty cell
+            yield cell.cell_contents
 
 
 def only_accumulates(optimizer: object) -> bool:

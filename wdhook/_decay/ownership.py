@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .config import Config
@@ -39,10 +40,21 @@ class View:
         params: all parameters of each group, when the view was made.
         dtypes: of the first parameter of each bucket, when the view was made.
         changes: how often the view was made.
+        lazy: some parameter was not materialised when the view was made.
         unchecked: no step has been checked since the view was made.
     """
 
-    __slots__ = ("buckets", "changes", "clock", "dtypes", "params", "sample", "unchecked", "wraps")
+    __slots__ = (
+        "buckets",
+        "changes",
+        "clock",
+        "dtypes",
+        "lazy",
+        "params",
+        "sample",
+        "unchecked",
+        "wraps",
+    )
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -52,13 +64,14 @@ class View:
         self.params: list[list[Tensor]] = []
         self.dtypes: list[torch.dtype] = []
         self.changes = 0
+        self.lazy = False
         self.unchecked = True
 
     def is_current(self, optimizer: Any) -> bool:
         """The optimizer holds the parameters that it held when the view was made, in the same
         precision."""
         groups = optimizer.param_groups
-        if len(groups) != len(self.params):
+        if self.lazy or len(groups) != len(self.params):
             return False
         for group, known in zip(groups, self.params, strict=True):
             params = group["params"]
@@ -161,6 +174,7 @@ class Optimizers:
         groups = [list(group["params"]) for group in optimizer.param_groups]
         # A wrapper (SAM, Lookahead) lets the optimizer inside step, whose step is the real one.
         own = [[p for p in params if id(p) not in inner] for params in groups]
+        view.lazy = any(map(is_lazy, chain.from_iterable(own)))
         wrapped = [p for params in groups for p in params if id(p) in inner]
         entries = [self._entries_of(params, decided) for params in own]
         if not view.changes:
@@ -180,6 +194,8 @@ class Optimizers:
     def _entries_of(self, params: list[Tensor], decided: dict[int, Known]) -> list[Pair]:
         found = []
         for param in params:
+            if is_lazy(param):
+                continue  # neither its device nor its dtype is settled
             entry = self._parameters.track(param, decided.get(id(param)))
             if entry is not None:
                 found.append((param, entry))
@@ -190,13 +206,13 @@ class Optimizers:
         optimizer."""
         blind = zeroes_by_foreach(optimizer)
         own = weakref.ref(optimizer), index
-        new_peak = Peak()
+        new_peak = Peak(shared=True)
         buckets: dict[Any, Bucket] = {}
         lent: dict[Any, Terms] = {}
         for param, entry in pairs:
             entry.move(view.clock)
             entry.blind = blind and hasattr(param, "to_local")
-            if entry.peak.value is None:
+            if entry.peak.value is None and not entry.peak.shared:
                 entry.peak = new_peak
             key = Terms.key(own, entry, param)
             if key not in buckets:

@@ -22,26 +22,31 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
-from .._base.torch_private import hooks_of, is_storage_of, storage_of
+from .._base.torch_private import has_hook, is_storage_of, storage_of
 from .._plan.decision import Decision
 from .._plan.plan import Plan
 from .._plan.renames import former_name, inherited
 from .._roles.marks import bare_name, is_flattened
 from .._roles.places import walk
-from .entry import Entry, Terms
+from .entry import Entry, Progress, Terms
 from .model_ref import ModelRef
 
 _FLATTENED = "_fsdp_wrapped_module."  # FSDP1 shows parts of its flat parameter, of any shape
 
 
 class Known:
-    """A tensor that was decided: the decision, and the marks by which it is recognised."""
+    """A tensor that was decided: the decision, and the marks by which it is recognised.
 
-    __slots__ = ("decision", "entry", "key", "kind", "local", "memory", "module", "shape")
+    Attributes:
+        progress: of the tensor's entry, which it outlives; before that, of the tensor that this one
+            has replaced.
+    """
 
-    def __init__(self, decision: Decision, found: Found) -> None:
+    __slots__ = ("decision", "key", "kind", "local", "memory", "module", "progress", "shape")
+
+    def __init__(self, decision: Decision, found: Found, progress: Progress | None = None) -> None:
         self.decision = decision
-        self.entry: Entry | None = None  # kept here where no hook keeps it
+        self.progress = progress
         self.settle(found)
 
     def settle(self, found: Found) -> None:
@@ -50,7 +55,7 @@ class Known:
         self.module = weakref.ref(found.module)
         self.local = found.local
         self.kind = type(found.module).__qualname__
-        self.shape = _shape(found.param)
+        self.shape = self.decision.shape or _shape(found.param)
         self.memory: StorageWeakRef | None = storage_of(found.param)
 
     def is_tensor(self, found: Found) -> bool:
@@ -144,10 +149,14 @@ class Parameters:
             self._known |= result
         return result
 
+    def known(self, param: Tensor) -> Known | None:
+        """What was decided for a tensor when the handle was made."""
+        return self._known.get(id(param))
+
     def _is_hooked(self, param: Tensor) -> bool:
         """One of our hooks is on the parameter, and so it is the one that was hooked."""
         entry = self._entries.get(id(param))
-        return entry is not None and entry.handle is not None and entry in hooks_of(param).values()
+        return entry is not None and entry.handle is not None and has_hook(param, entry.handle)
 
     def _decide(self, strangers: list[Found], taken: set[int]) -> dict[int, Known]:
         """Decisions on tensors that were not recognised by themselves.
@@ -167,17 +176,18 @@ class Parameters:
         for one in strangers:
             before = places.get((id(one.module), one.local)) or names.get(one.name)
             if before is not None and before.fits(one):
-                result[id(one.param)] = Known(before.decision, one)
+                result[id(one.param)] = Known(before.decision, one, before.progress)
                 continue
             if newer is None:
                 newer = self._replan(model, self._plan.weight_decay)
-            former = former_name(one.name)
-            above, _, local = former.rpartition(".")
-            old = places.get((id(paths.get(above)), local)) or undone.get(former)
-            decision = newer[one.name]
-            if old is not None and old.decision.name != one.name:
-                decision = inherited(decision, old.decision)
-            result[id(one.param)] = Known(decision, one)
+            original = former_name(one.name)
+            above, _, local = original.rpartition(".")
+            old = places.get((id(paths.get(above)), local)) or undone.get(original)
+            if old is None or old.decision.name == one.name:
+                result[id(one.param)] = Known(newer[one.name], one)
+                continue
+            decision = inherited(newer[one.name], old.decision)
+            result[id(one.param)] = Known(decision, one, old.progress)
         return result
 
     # ---------------------------------------------------------------- decisions
@@ -224,14 +234,15 @@ class Parameters:
     def track(self, param: Tensor, known: Known | None) -> Entry | None:
         """The entry of a parameter, made if there is none yet; None for an exempt parameter."""
         entry = self._entries.get(id(param))
-        if entry is not None:
-            return entry
-        if known is None or not known.decision.eligible:
-            return None
-        entry = self._entries[id(param)] = self._new_entry(known.decision)
-        if not callable(entry):
-            known.entry = entry
-        entry.terms = self.unowned_terms(entry, param)
+        if entry is not None and entry.handle is not None and not has_hook(param, entry.handle):
+            entry = None  # of a parameter that is gone, and whose id this one has
+        if entry is None and known is not None and known.decision.eligible:
+            entry = self._entries[id(param)] = self._new_entry(known.decision)
+            if known.progress is not None:
+                entry.resume(known.progress)
+            known.progress = entry.progress
+        if entry is not None and not hasattr(entry, "terms"):
+            entry.terms = self.unowned_terms(entry, param)
         return entry
 
     def unowned_terms(self, entry: Entry, param: Tensor) -> Terms:
@@ -242,17 +253,27 @@ class Parameters:
             terms = self._unowned_terms[key] = Terms(entry.clock, None, entry, param)
         return terms
 
+    def progress(self) -> dict[str, Progress]:
+        """How far each decayed parameter of the model has come, by the name that was decided."""
+        found = {entry.name: entry.progress for entry in self.entries()}
+        for known in self.decided().values():
+            if known.progress is not None:
+                found.setdefault(known.decision.name, known.progress)
+        return found
+
+    def forget_progress(self) -> None:
+        """Forget how far parameters without an entry have come: training goes back."""
+        living = {id(entry.progress) for entry in self.entries()}
+        for known in self._known.values():
+            if id(known.progress) not in living:
+                known.progress = None
+
     def pairs(self) -> Iterator[tuple[Tensor, Entry]]:
         """Every parameter of the model that has an entry, with the entry."""
         for one in self.walk():
             entry = self._entries.get(id(one.param))
             if entry is not None:
                 yield one.param, entry
-
-    def let_go(self) -> None:
-        """Keep no entry alive: the model has died, and entries go with the last optimizer or parameter."""
-        for known in self._known.values():
-            known.entry = None
 
     def clear(self) -> None:
         """Remove every hook, and forget every entry."""

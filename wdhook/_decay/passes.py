@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from .._base.torch_private import (
     at_the_end_of_the_pass,
+    gradient_hooks,
     graph_task_id,
     hooks_of,
     in_compiled_autograd,
@@ -51,8 +52,8 @@ from .window import (
 )
 from .zeroing import Witness, is_distributed
 
-Note = tuple[Tensor, "Hook", int]
-"""A parameter, its hook, and the steps of its clock when the gradient came."""
+Note = tuple[Tensor, "Hook", Clock, int]
+"""A parameter, its hook, and its clock with the steps that it had when the gradient came."""
 
 
 class Hook(Entry):
@@ -73,8 +74,9 @@ class Hook(Entry):
             notes = passes.begin(param, self)
         if self.stamp == self.clock.steps:
             passes.look(self, param)
-        notes.append((param, self, self.clock.steps))
-        if passes.others and len(hooks_of(param)) > 1:
+        clock = self.clock
+        notes.append((param, self, clock, clock.steps))
+        if passes.others and (gradient_hooks(param) or len(hooks_of(param)) > 1):
             passes.pay_now(notes)
 
 
@@ -112,9 +114,7 @@ class Passes:
         self._witness = Witness(state, rules)
         self._sentinels: list[Sentinel] = []
         self._steps_in_hooks: bool | None = None  # once looked for
-        self._first: tuple[Tensor, int] | None = (
-            None  # the first parameter of the pass, and its version
-        )
+        self._first: tuple[Tensor, int] | None = None  # in the pass, with its version
         self.notes: dict[int, list[Note]] = {}
         self.others = True
         self.unannounced = Unannounced(state, rules)
@@ -137,6 +137,7 @@ class Passes:
 
     def dismiss(self) -> None:
         """Remove the sentinels: a step was announced, or the handle is closed."""
+        self.unannounced.forget()
         while self._sentinels:
             self._sentinels.pop().handle.remove()
 
@@ -171,25 +172,36 @@ class Passes:
         grad = param.grad
         if grad is None:
             return
-        evidence = hook.when_gradient_comes(grad, in_buckets=is_distributed())
-        in_gradient = self._state.config.in_gradient
+        evidence = hook.when_gradient_comes(
+            grad, in_buckets=is_distributed(), out_of_place=torch.is_grad_enabled()
+        )
         answer = self._table(hook)[evidence]
-        zeroed = answer is Answer.ASK and self._witness.says_zeroed(hook, grad)
-        if answer is Answer.PAY or zeroed:
-            if hook.rows is not None and not grad.is_sparse:
-                self._tell("sparse-then-dense", hook)
-            no_graph = torch.is_grad_enabled() and not grad.requires_grad
-            if evidence is Evidence.FRESH and in_gradient and no_graph:
-                self._tell("sums-without-graph", hook)
-            hook.reopen(zeroed_in_place=zeroed)
+        if answer is Answer.ASK and self._witness.says_zeroed(hook, grad):
+            self._reopen(hook, grad, zeroed_in_place=True)
+        elif answer is Answer.PAY:
+            self._reopen(hook, grad, zeroed_in_place=False)
         elif answer is Answer.REFUSE:
             hook.doubt()
-        elif in_gradient:
-            hook.look(grad)  # now: a pass that raises has no end
-            if answer is Answer.ASK and _is_change_by_user(hook, grad):
-                self._tell("changed-between", hook)
         else:
+            self._keep(hook, grad, changed=answer is Answer.ASK)
+
+    def _reopen(self, hook: Hook, grad: Tensor, zeroed_in_place: bool) -> None:
+        """The decay of this window is gone, and is due again."""
+        if hook.rows is not None and not grad.is_sparse:
+            self._tell("sparse-then-dense", hook)
+        no_graph = torch.is_grad_enabled() and not grad.requires_grad
+        if no_graph and self._state.config.in_gradient and not zeroed_in_place:
+            self._tell("sums-without-graph", hook)
+        hook.reopen(zeroed_in_place)
+
+    def _keep(self, hook: Hook, grad: Tensor, changed: bool) -> None:
+        """The decay of this window is there."""
+        if not self._state.config.in_gradient:
             self._tell("second-gradient", hook)
+            return
+        hook.look(grad)  # now: a pass that raises has no end
+        if changed and _is_change_by_user(hook, grad):
+            self._tell("changed-between", hook)
 
     def _table(self, hook: Hook) -> dict[Evidence, Answer]:
         if self._state.config.in_gradient:
@@ -207,9 +219,9 @@ class Passes:
         notes = self.notes.pop(task, None)
         if not notes:
             return
-        param, hook, steps = notes[0]
+        param, hook, clock, steps = notes[0]
         first, self._first = self._first, None
-        same = first is not None and first[0] is param and hook.clock.steps == steps
+        same = first is not None and first[0] is param and _is_now(hook, clock, steps)
         if same and first is not None and version(param) != first[1]:
             self._tell("moved-in-the-pass", hook)
         self.pay(notes)
@@ -220,15 +232,20 @@ class Passes:
             self.pay([notes.pop()])
 
     def forget(self) -> None:
-        """Forget the notes of passes that raised: no pass runs while an optimizer of another
-        thread steps."""
-        self.notes.clear()
+        """Forget the notes of passes that raised, which would keep parameters alive.
+
+        The step pays what a pass of another thread has noted.
+        """
+        if graph_task_id() < 0:
+            self.notes.clear()
 
     def pay(self, notes: list[Note]) -> None:
         """Pay for noted parameters whose gradient is there and holds no decay."""
         state = self._state
         dues: dict[Terms, Due] = {}
-        for param, hook, steps in notes:
+        for param, hook, clock, steps in notes:
+            if not _is_now(hook, clock, steps):
+                continue  # stepped meanwhile, and decayed by that step
             grad = param.grad
             if grad is None:
                 state.taken.add(hook.name)
@@ -236,8 +253,6 @@ class Passes:
             if hook.stamp == steps and not grad.is_sparse:
                 hook.look(grad)  # averaged since, or moved into a bucket
                 continue
-            if hook.clock.steps != steps:
-                continue  # stepped meanwhile, and decayed by that step
             if hook.buffer is None:
                 hook.born = min(hook.born, version(grad))
             due = dues.get(hook.terms)
@@ -249,7 +264,7 @@ class Passes:
         if dues and not state.pauses:
             pay(state, self._payable(dues), self._how)
         if not state.announced:
-            param, hook, _ = notes[0]
+            param, hook, *_ = notes[0]
             self.unannounced.remember(hook, param)
 
     def _payable(self, dues: dict[Terms, Due]) -> list[Due]:
@@ -279,6 +294,11 @@ class Passes:
         if config.in_gradient:
             scale = tensors.loss_scale(config.scaler, due.grads[0].device)
         return How(config.foreach, scale, by_autograd=True)
+
+
+def _is_now(hook: Hook, clock: Clock, steps: int) -> bool:
+    """No step of the parameter has ended since its gradient came."""
+    return hook.clock is clock and clock.steps == steps
 
 
 def _is_change_by_user(hook: Hook, grad: Tensor) -> bool:

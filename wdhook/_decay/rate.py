@@ -14,7 +14,7 @@ from .._base.errors import LearningRateError
 from .._base.problem import Problem
 from .._base.validate import check_factor, is_number
 from ..schedules import Schedule
-from .entry import Entry, Peak, Terms
+from .entry import Entry, Peak, Progress, Terms
 from .formulas import Formula, Rates
 from .optimizers import LearningRate, known_rates, learning_rate, maximizes
 from .tensors import Number
@@ -128,17 +128,17 @@ class Rate:
         if entry.name in self._saved_peaks:
             entry.peak = Peak(self._saved_peaks.pop(entry.name))
 
-    def save(self, entries: Iterable[Entry]) -> dict[str, Any]:
+    def save(self, progress: Mapping[str, Progress]) -> dict[str, Any]:
         """``lr_peaks``: parameter → lr; ``finished_steps``: parameter → steps of its optimizer.
 
         Each in a tuple, which torch.distributed.checkpoint saves as one object: it looks into
         lists and mappings, and then loads no more than the keys that are there already.
         """
         peaks, steps = dict(self._saved_peaks), dict(self._saved_steps)
-        for entry in entries:
-            if entry.peak.value is not None:
-                peaks[entry.name] = plain(entry.peak.value)
-            steps.setdefault(entry.name, entry.clock.finished)
+        for name, of in progress.items():
+            if of.peak.value is not None:
+                peaks[name] = plain(of.peak.value)
+            steps.setdefault(name, of.clock.finished)
         finished = () if self._schedule is None else (steps,)
         return {"lr_peaks": (peaks,) if peaks else (), "finished_steps": finished}
 

@@ -18,7 +18,14 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from .._base.torch_private import never_compiled, process_step_pre_hooks, step_pre_hooks
+from .._base.torch_private import (
+    never_compiled,
+    process_step_post_hooks,
+    process_step_pre_hooks,
+    register_first_step_post_hook,
+    step_post_hooks,
+    step_pre_hooks,
+)
 from . import call_stack
 from .engine import Engine
 from .rules.base import Facts
@@ -31,6 +38,7 @@ _left: list[
 ] = []  # gradients that a removed handle has decayed, before their step
 _lock = threading.RLock()  # handles come and go in any thread
 _running = threading.local()  # `stack`: the steps that run in this thread, the outermost first
+_hooked: weakref.WeakSet[StepInProgress] = weakref.WeakSet()  # steps with a hook on their optimizer
 
 
 def listen(engine: Engine) -> None:
@@ -53,8 +61,13 @@ def _forget(engine: Engine) -> None:
     with _lock:
         _left[:] = [*_living(_left), *_living(engine.unstepped())]
         _engines.pop(id(engine), None)
-        while not _engines and _registered:
+        if _engines:
+            return
+        while _registered:
             _registered.pop().remove()
+        if not call_stack.look().steps:  # else torch may walk through these hooks now
+            for step in list(_hooked):  # it has raised
+                step.drop()
 
 
 def _recall(engine: Engine) -> None:
@@ -94,13 +107,11 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     _push(step)
     for part in parts:
         part.begin()
-    wrapped = _with_decay_in_closures(step, args, kwargs)
-    if wrapped is not None:
-        return wrapped
+    if not _comes_first_after(optimizer):
+        _end_first(step)
     if _comes_last(optimizer):
-        _decay(step, evaluated=False)
-    else:
-        _decay_last(step)
+        return _decay_before_update(step, args, kwargs)
+    _decay_last(step)
     return None
 
 
@@ -123,16 +134,49 @@ def _decay_last(step: StepInProgress) -> None:
     """Decay after all step pre-hooks of the optimizer: torch reads those after the ones of the
     process."""
 
-    def last(*_: Any) -> None:
-        _decay(step, evaluated=False)
+    def last(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if step in _stack():
+            return _decay_before_update(step, args, kwargs)
+        step.drop()  # it has raised, in another thread than the one of this step
+        return None
 
-    step.last_hook = step.optimizer.register_step_pre_hook(last)
+    step.hooks.append(step.optimizer.register_step_pre_hook(last))
+    _hooked.add(step)
+
+
+def _comes_first_after(optimizer: Optimizer) -> bool:
+    """No other step post-hook comes before this one, which could raise or take gradients away."""
+    return next(iter(process_step_post_hooks().values())) is _after_step and not step_post_hooks(
+        optimizer
+    )
+
+
+def _end_first(step: StepInProgress) -> None:
+    """End the step before all other step post-hooks, which may raise: the update has been made."""
+
+    def first(*_: Any) -> None:
+        if step in _stack():
+            _end(step)
+
+    step.hooks.append(register_first_step_post_hook(step.optimizer, first))
+    _hooked.add(step)
+
+
+def _decay_before_update(
+    step: StepInProgress, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Decay now; or, where the step is given a closure, return arguments whose closure decays."""
+    wrapped = _with_decay_in_closures(step, args, kwargs)
+    if wrapped is None:
+        _decay(step, evaluated=False)
+    return wrapped
 
 
 @never_compiled
 def _decay(step: StepInProgress, evaluated: bool) -> None:
     stack = _stack()
     outer = stack[: stack.index(step)] if step in stack else []
+    outer = [other for other in outer if not other.ended]
     for part in step.parts:
         parts = [p for other in outer if (p := other.part_of(part.engine)) is not None]
         if evaluated and any(p.was_moved() for p in parts):
@@ -148,11 +192,20 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
         return  # it made a state for torch.distributed.checkpoint, or had begun before any handle was attached
     while stack[-1].optimizer is not optimizer:
         stack.pop().drop()
-    step = stack.pop()
-    step.drop()
+    _end(stack[-1])
+    stack.pop().drop()
+
+
+def _end(step: StepInProgress) -> None:
+    """The update has been made."""
+    if step.ended:
+        return
+    step.ended = True
+    stack = _stack()
+    around = [other for other in stack[: stack.index(step)] if not other.ended]
     for part in step.parts:
-        outer = [o for o in stack if (p := o.part_of(part.engine)) is not None and p.is_active]
-        part.end(nested=bool(outer), again=any(o.optimizer is optimizer for o in outer))
+        outer = [o for o in around if (p := o.part_of(part.engine)) is not None and p.is_active]
+        part.end(nested=bool(outer), again=any(o.optimizer is step.optimizer for o in outer))
 
 
 # Closures --------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from operator import is_
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +36,13 @@ class Part:
 
     @property
     def is_active(self) -> bool:
-        """The handle decays in this step: not while it is paused, nor where the optimizer only
-        accumulates."""
+        """The handle decays in this step: not while it is paused, nor once it is removed.
+
+        Nor where the optimizer only accumulates.
+        """
         return (
             self.view.owns_any()
+            and not self.engine.closed
             and not self.engine.state.pauses
             and not only_accumulates(self.optimizer)
         )
@@ -68,6 +70,7 @@ class Part:
             self.sample = self.view.sample.detach().clone()
         if self.view.owns_any():
             self.engine.state.announced = True
+            self.engine.passes.forget()
             self.engine.state.captured |= is_capturing()
 
     def was_moved(self) -> bool:
@@ -213,6 +216,7 @@ class Part:
         state.taken.clear()
         self.engine.passes.waiting = 0
         self.engine.passes.dismiss()
+        self.engine.passes.forget()
         if not again and not self._schedule_stays():
             state.rate.advance(self.view.clock)
         self._let_gradients_be_swapped()
@@ -240,7 +244,7 @@ class Part:
                     found.append((param, entry))
         # Some optimizers put zeros where there was no gradient. Read only where something is to be
         # said.
-        return [(p, e) for p, e in found if _is_not_zero(p.grad)]
+        return [(p, e) for p, e in found if tensors.is_not_zero(p.grad)]
 
     def _let_gradients_be_swapped(self) -> None:
         """Drop weak references to gradients where converting a model swaps tensors, which refuses
@@ -256,17 +260,20 @@ class StepInProgress:
     """One optimizer step that runs: the parts of all handles, and its depth among the steps that
     run."""
 
+    __slots__ = ("__weakref__", "depth", "ended", "hooks", "optimizer", "parts")
+
     def __init__(self, optimizer: Optimizer, parts: list[Part], depth: int) -> None:
         self.optimizer = optimizer
         self.parts = parts
         self.depth = depth
-        self.last_hook: RemovableHandle | None = None  # decays after the step pre-hooks of others
+        self.ended = False
+        # On the optimizer: one after the step pre-hooks of others, one before their post-hooks.
+        self.hooks: list[RemovableHandle] = []
 
     def drop(self) -> None:
         """The step has ended, or has raised."""
-        if self.last_hook is not None:
-            self.last_hook.remove()
-            self.last_hook = None
+        while self.hooks:
+            self.hooks.pop().remove()
 
     def part_of(self, engine: Engine) -> Part | None:
         """The part of one handle."""
@@ -287,8 +294,3 @@ def may_be_replayed(grad: Tensor) -> bool:
 
 def _holds(entry: Entry, grad: Tensor) -> bool:
     return entry.buffer is not None and is_(entry.buffer(), grad)
-
-
-def _is_not_zero(grad: Any) -> bool:
-    content = tensors.content(grad)
-    return content is not None and bool(content)

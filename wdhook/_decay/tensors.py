@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._base.torch_private import sparse_values
+
 Number = float | Tensor
 """A Python number, or a 0-dim tensor that stays on its device."""
 
@@ -125,8 +127,14 @@ def content(grad: Tensor) -> Tensor | None:
     None where there is no element: a shard may be empty.
     """
     local: Tensor = grad.to_local() if hasattr(grad, "to_local") else grad
-    values = local._values() if local.is_sparse else local
+    values = sparse_values(local) if local.is_sparse else local
     return values.any() if values.numel() else None
+
+
+def is_not_zero(grad: Any) -> bool:
+    """Tell a gradient with an element that is not zero. Synchronises."""
+    some = content(grad)
+    return some is not None and bool(some)
 
 
 def add_rows_(grad: Tensor, param: Tensor, weight_decay: Number, seen: Tensor | None) -> Tensor:

@@ -31,10 +31,9 @@ class Unannounced:
     def __init__(self, state: State, rules: Rules) -> None:
         self._state = state
         self._rules = rules
-        self._asked: Callable[[], Named | None] = (
-            _nobody  # weak reference to the first of the pass that runs
-        )
-        self._who: Callable[[], Named | None] = _nobody  # and to the one whose values are kept
+        # Weak: an entry that outlives its parameter would be taken for that of a tensor with its id.
+        self._asked: Callable[[], Named | None] = _nobody  # the first of the pass that runs
+        self._who: Callable[[], Named | None] = _nobody
         self._head: Tensor | None = None
         self._version = 0
         self._moves = 0
@@ -57,25 +56,29 @@ class Unannounced:
         ):  # the first may be a weight loaded after a trial, or the first half of SAM
             self._rules.tell("unannounced-steps", Facts(self._state, who=who.name))
 
+    def forget(self) -> None:
+        """Forget the parameter, whose entry is to die with it."""
+        self._asked = self._who = _nobody
+        self._head = None
+
     def remember(self, who: Named, param: Tensor) -> None:
         """Keep some values of a parameter, as they are when wdhook is done with it in a pass."""
         if self._state.announced:
-            self._asked = self._who = _nobody
-            self._head = None
+            self.forget()
         if who is not self._asked():
             return
-        self._who = weakref.ref(who)
+        self._who = self._asked
         self._version = version(param)
         self._head = _head(param).clone()
+
+
+def _nobody() -> None:
+    return None
 
 
 def _head(param: Tensor) -> Tensor:
     local: Tensor = param.to_local() if hasattr(param, "to_local") else param
     return local.detach().flatten()[:_ELEMENTS]
-
-
-def _nobody() -> None:
-    return None
 
 
 _ELEMENTS = 64  # to compare: enough to see a step, cheap for any parameter

@@ -190,13 +190,17 @@ class Window:
 
     # ---------------------------------------------------------------- evidence
 
-    def when_gradient_comes(self, grad: Tensor, in_buckets: bool = False) -> Evidence:
+    def when_gradient_comes(
+        self, grad: Tensor, in_buckets: bool = False, out_of_place: bool = False
+    ) -> Evidence:
         """Evidence after autograd has added to `grad`, for decay that lives in gradients.
 
         Args:
             grad: the gradient as it is in the hook.
             in_buckets: views are slices of the buckets of a distributed run, which are made anew
-            at times.
+                at times.
+            out_of_place: autograd changes no gradient in place, as under
+                ``backward(create_graph=True)``.
         """
         if not self.paid:
             return E.UNPAID
@@ -206,7 +210,7 @@ class Window:
             return E.CHANGED
         if _is_sum(grad):
             return E.SUM
-        if self._is_fresh(grad):
+        if out_of_place or self._is_fresh(grad):
             return E.FRESH
         return E.UNKNOWN
 

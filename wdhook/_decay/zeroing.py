@@ -55,18 +55,24 @@ class Witness:
         # All reductions are started before the first is waited for.
         contents = [(tensors.content(grad), tensors.content(param)) for param, _, grad in others]
         for (_, entry, grad), (content, decay) in zip(others, contents, strict=True):
-            if content is None or decay is None or not bool(decay):
-                continue  # an empty shard, or a parameter without decay, tells nothing
-            self._zeroed[entry] = not bool(content)
-            entry.version = version(grad)
-            if self._zeroed[entry]:
-                entry.reopen(zeroed_in_place=True)  # also where this pass will not reach it
+            # An empty shard, or a parameter without decay, tells nothing.
+            if content is not None and decay is not None and bool(decay):
+                self._note(entry, grad, zeroed=not bool(content))
         if not self._zeroed and in_compiled_autograd():
-            # Compiled code may change a gradient more than once. None was zeroed where one is
-            # unchanged.
-            for param, entry in pairs_of(self._state):
-                if entry is not asking and entry.paid and _is_in_place(entry, param.grad):
-                    self._zeroed[entry] = False
+            self._look_at_unchanged(asking)
+
+    def _note(self, entry: Entry, grad: Tensor, zeroed: bool) -> None:
+        self._zeroed[entry] = zeroed
+        entry.version = version(grad)
+        if zeroed:
+            entry.reopen(zeroed_in_place=True)  # also where this pass will not reach it
+
+    def _look_at_unchanged(self, asking: Entry) -> None:
+        """Compiled code may change a gradient more than once; none was zeroed where one is in
+        place."""
+        for param, entry in pairs_of(self._state):
+            if entry is not asking and entry.paid and _is_in_place(entry, param.grad):
+                self._zeroed[entry] = False
 
     def _changed(self) -> Iterator[tuple[Tensor, Entry, Tensor]]:
         """Entries whose paid gradient is there, and was changed by something else than this pass.

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .._base.errors import ArgumentError
+from .._base.torch_private import is_part_of_flat_parameter
 from .._base.validate import check_factor, is_number
 from .._roles.marks import is_flattened
 from .._roles.places import named_parameters
@@ -103,7 +104,7 @@ def _is_whole(parameter: Any) -> bool:
     """Tell a whole parameter from lazy ones and from the shards of FSDP and DeepSpeed."""
     if is_lazy(parameter) or hasattr(parameter, "ds_shape"):
         return False
-    return not (hasattr(parameter, "_fsdp_flattened") or is_flattened(parameter))
+    return not (is_part_of_flat_parameter(parameter) or is_flattened(parameter))
 
 
 def audit_with(model: nn.Module, inputs: Any) -> Audit:

@@ -1,5 +1,4 @@
-"""What a rule is: one row with an id, an error or a warning, and a pure function from facts to
-problems."""
+"""A rule: an id, an error or a warning, and a pure function from facts to problems."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from ..state import State
 
 
 class Moment(enum.Enum):
-    """The moments at which rules look."""
+    """Moments of a training, each with rules."""
 
     ATTACH = "at `attach`"
     BACKWARD = "in the backward pass"
@@ -32,18 +31,18 @@ class Moment(enum.Enum):
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rule may look at. Which facts are there depends on the moment.
+    """The facts for one look of the rules. The moment decides about the optional facts.
 
     Attributes:
-        state: all that the handle knows.
-        optimizer: the one that steps.
+        state: of the handle.
+        optimizer: of the step.
         view: its view.
         running: calls that run now.
         claimed: some handle decays parameters of the optimizer.
         entry: of the parameter concerned.
-        who: its name, where there is no entry.
-        suspects: parameters that a step left with a gradient and without decay.
-        value: the λ that is set.
+        who: name of the parameter, where there is no entry.
+        suspects: parameters with a gradient and without decay after a step.
+        value: the new λ.
     """
 
     state: State
@@ -58,7 +57,7 @@ class Facts:
 
     @property
     def owned(self) -> View:
-        """The view, where there is one for certain."""
+        """The view, at a moment of a step."""
         assert self.view is not None
         return self.view
 
@@ -78,21 +77,20 @@ Looks = Callable[[Facts], Iterable[Problem]]
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that makes decay wrong, and what is said then.
+    """A cause of a wrong decay, with the error or warning.
 
     Attributes:
-        id: in messages, in docs/limits.md, and in the name of the rule's test.
+        id: in errors, in docs/limits.md, and in the names of the tests.
         says: class of the error or warning; an error comes before anything is changed.
-        moment: the moment at which the rule looks.
-        looks: a function of the facts, which changes nothing; or a class whose instances are such
-            functions, where a rule keeps a count of its own.
-        situation: the left column of docs/limits.md.
-        answer: the right column.
+        moment: of the look.
+        looks: a function of the facts without side effects; or a class of such functions, for a
+            rule with a count of its own.
+        situation: text for docs/limits.md.
+        answer: likewise.
         applies: decides from the configuration of a handle.
-        first_steps: looks at the first steps of an optimizer alone: what an optimizer keeps is
-        there by then.
-        on_change: looks only when the parameters of the optimizer have changed.
-        asked: looks only when the code that has met the situation asks for it by id.
+        first_steps: looks at the first steps of an optimizer alone: its state is complete by then.
+        on_change: looks only after a change of the optimizer's parameters.
+        asked: looks only when the code that has met the situation asks for the rule by id.
     """
 
     id: str
@@ -116,7 +114,7 @@ FIRST_STEPS = 3
 
 
 class Rules:
-    """The rules of one handle, with what each has counted and warned of."""
+    """The rules of a handle, with counts and warnings so far."""
 
     def __init__(self, table: Iterable[Rule], state: State) -> None:
         self._state = state
@@ -137,12 +135,17 @@ class Rules:
                     yield rule, problem
 
     def check(self, moment: Moment, facts: Facts) -> None:
-        """Raise the first error of a moment; warn, once for each rule, of what comes before."""
+        """Raise the first error of a moment, after earlier warnings; warn once for each rule."""
         for rule, problem in self.problems(moment, facts):
             self._say(rule, problem)
 
+    def look(self, id: str, facts: Facts) -> list[Problem]:  # noqa: A002
+        """The problems of a rule, at any moment and under any configuration."""
+        _, looks = self._looks[id]
+        return list(looks(facts))
+
     def tell(self, id: str, facts: Facts) -> None:  # noqa: A002
-        """Say what a rule has to say of a situation that the caller has met."""
+        """Raise or warn about a situation met by the caller, by the id of the rule."""
         rule, looks = self._looks[id]
         if id in self._warned or not rule.applies(self._state):
             return

@@ -1,10 +1,13 @@
-"""Rules about the optimizer that steps: its own decay, its learning rate, its kind of update."""
+"""Rules about the optimizer of the step: its own decay, its learning rate, its kind of update."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
+from ..._base.errors import LearningRateError
 from ..._base.problem import Problem
 from ..._base.torch_private import micro_batches, pipeline_schedules, stages
 from ..._base.validate import is_number
@@ -22,18 +25,30 @@ from ..optimizers import (
 )
 from ..ownership import Bucket, View
 from ..rate import check_lr
+from ..tensors import is_not_zero
 from .base import Facts
+
+# Own decay -------------------------------------------------------------------------------------
 
 
 def own_decay(facts: Facts) -> Iterator[Problem]:
-    """Find param groups that the optimizer decays, and that hold decayed parameters."""
+    """Find param groups with decayed parameters and a decay of the optimizer's own."""
     for index, buckets in enumerate(facts.owned.buckets):
         active = first_active(buckets)
         if active is None:
             continue
         group = facts.optimizer.param_groups[index]
         for where, own in _own_decays(facts.optimizer, facts.owned, index, group):
-            yield _double(facts, f"{where} = {own}", *active)
+            yield _double(facts, f"{where} = {own}", active, _names(buckets))
+
+
+def _names(buckets: list[Bucket]) -> tuple[str, ...]:
+    """Names of the decayed parameters, without those of λ = 0."""
+    names: list[str] = []
+    for terms, pairs in buckets:
+        if terms.weight_decay:
+            names.extend(entry.name for _, entry in pairs)
+    return tuple(names)
 
 
 def _own_decays(
@@ -52,153 +67,192 @@ def _own_decays(
             yield place, value
 
 
-def _double(facts: Facts, where: str, terms: Terms, param: Any, entry: Entry) -> Problem:
+def _double(
+    facts: Facts, where: str, active: tuple[Terms, Any, Entry], names: tuple[str, ...]
+) -> Problem:
+    terms, param, entry = active
     return Problem(
         "The optimizer decays a parameter that wdhook decays too.",
-        "Construct the optimizer with weight_decay=0, or let wdhook take over before it is attached: "
-        "wdhook.adopt(model, optimizer). With this handle: for group in optimizer.param_groups: "
-        'group["weight_decay"] = 0.0. A loaded optimizer checkpoint brings its weight_decay back: '
-        "set it to 0 after optimizer.load_state_dict(...)",
+        "Construct the optimizer with weight_decay=0, or let wdhook take over before it is "
+        "attached: wdhook.adopt(model, optimizer). With this handle: for group in "
+        'optimizer.param_groups: group["weight_decay"] = 0.0. A loaded optimizer checkpoint '
+        "brings its weight_decay back: set it to 0 after optimizer.load_state_dict(...)",
         {
             "parameter": facts.state.describe(entry.name, param),
             "optimizer": f"{facts.optimizer_name}, {where}",
             "wdhook": f"weight_decay = {terms.weight_decay:g}",
         },
-        (entry.name,),
+        names,
     )
 
 
 def first_active(buckets: list[Bucket]) -> tuple[Terms, Any, Entry] | None:
-    """A parameter of a param group that is decayed with a λ other than 0, if there is one."""
+    """The first decayed parameter of a param group with λ > 0."""
     for terms, pairs in buckets:
         if terms.weight_decay:
             return terms, *pairs[0]
     return None
 
 
+def decay_would_be_decoupled(facts: Facts) -> Iterator[Problem]:
+    """Find an optimizer with decoupled decay of its own, under a handle without a named mode."""
+    if would_decouple(facts.optimizer):
+        yield Problem(
+            "The optimizer's own weight decay would be decoupled, and wdhook's default is coupled "
+            "(L2): the same λ means something else.",
+            'Say which is meant: attach(..., mode="decoupled", optimizer=optimizer) for the decay '
+            'of AdamW, or attach(..., mode="coupled") for L2',
+            {"optimizer": facts.optimizer_name, "mode": "not given, so coupled"},
+        )
+
+
+# Learning rates --------------------------------------------------------------------------------
+
+
 def lr_is_known(facts: Facts) -> Iterator[Problem]:
-    """Raise what `learning_rate` raises, for each param group with a decayed parameter."""
+    """Find param groups with decayed parameters, and without a learning rate to decay by."""
     lr = facts.state.config.lr
     for index, buckets in enumerate(facts.owned.buckets):
-        if first_active(buckets) is not None:
-            group = facts.optimizer.param_groups[index]
+        if first_active(buckets) is None:
+            continue
+        group = facts.optimizer.param_groups[index]
+        try:
             check_lr(learning_rate(group, lr), group)
-    yield from ()
+        except LearningRateError as error:
+            if error.problem is None:
+                raise
+            yield error.problem
 
 
-class LrIsThatOfTheStep:
-    """Finds decay in the backward that has read the learning rate of another optimizer than the one that steps."""
+def lr_is_of_another(facts: Facts) -> Iterator[Problem]:
+    """Find decay in the backward by the learning rate of another optimizer than steps now."""
+    if is_number(facts.state.config.lr) or len(facts.state.optimizers.met()) < 2:
+        return
+    for index, buckets in enumerate(facts.owned.buckets):
+        group = facts.optimizer.param_groups[index]
+        for _, pairs in buckets:
+            for param, entry in pairs:
+                yield from _other_rate(facts, group, param, entry)
 
-    def __call__(self, facts: Facts) -> Iterator[Problem]:
-        """Compare the two rates of each parameter that was decayed."""
-        given = facts.state.config.lr
-        if is_number(given) or len(facts.state.optimizers.met()) < 2:
-            return
-        for index, buckets in enumerate(facts.owned.buckets):
-            group = facts.optimizer.param_groups[index]
-            for _, pairs in buckets:
-                for param, entry in pairs:
-                    known = entry.terms.group()
-                    if not entry.paid or known is None or known[0] is facts.optimizer:
-                        continue
-                    read, own = learning_rate(known[1], given), learning_rate(group, given)
-                    if read != own:
-                        yield Problem(
-                            "Decay in the backward has read the learning rate of another optimizer than the one "
-                            "that steps.",
-                            'Use attach(..., at="step"), or attach again with optimizer= the one that steps',
-                            {
-                                "parameter": facts.state.describe(entry.name, param),
-                                "read from": f"{type(known[0]).__name__}, lr {float(read):g}",
-                                "steps": f"{facts.optimizer_name}, lr {float(own):g}",
-                            },
-                            (entry.name,),
-                        )
+
+def _other_rate(
+    facts: Facts, group: dict[str, Any], param: Tensor, entry: Entry
+) -> Iterator[Problem]:
+    known = entry.terms.group()
+    if not entry.paid or known is None or known[0] is facts.optimizer:
+        return
+    given = facts.state.config.lr
+    read, own = learning_rate(known[1], given), learning_rate(group, given)
+    if read == own:
+        return
+    yield Problem(
+        "Decay in the backward has read the learning rate of another optimizer than the one that "
+        "steps.",
+        'Use attach(..., at="step"), or attach again with optimizer= the one that steps',
+        {
+            "parameter": facts.state.describe(entry.name, param),
+            "read from": f"{type(known[0]).__name__}, lr {float(read):g}",
+            "steps": f"{facts.optimizer_name}, lr {float(own):g}",
+        },
+        (entry.name,),
+    )
+
+
+# Kinds of update -------------------------------------------------------------------------------
 
 
 def takes_micro_batches(facts: Facts) -> Iterator[Problem]:
-    """Find an optimizer that accumulates gradients in its state."""
+    """Find an optimizer with gradient accumulation in its state."""
     if only_accumulates(facts.optimizer):
         yield Problem(
-            "The optimizer takes the gradients of several backward passes into its state before it steps "
-            "(`optimizer_accumulation`): a decay in each of them is several decays.",
+            "The optimizer takes the gradients of several backward passes into its state before "
+            "it steps (`optimizer_accumulation`): a decay in each of them is several decays.",
             'Use attach(..., at="step")',
             {"optimizer": facts.optimizer_name},
         )
 
 
 def has_two_sequences(facts: Facts) -> Iterator[Problem]:
-    """Find an optimizer that keeps two sequences of weights."""
+    """Find an optimizer with two sequences of weights."""
     for inner in innermost(facts.optimizer):
         if keeps_two_sequences(inner):
             yield two_sequences(inner)
 
 
 def differentiates_gradients(facts: Facts) -> Iterator[Problem]:
-    """Find gradients that hold their graph: the optimizer needs the parameters as they were."""
+    """Find gradients with a graph, through which the optimizer may differentiate."""
     for _, pairs in facts.owned.all_buckets():
         param, entry = pairs[0]
-        if param.grad is not None and param.grad.requires_grad:
-            yield Problem(
-                "The gradients hold their graph (backward(create_graph=True)), and the optimizer may differentiate "
-                "them in its step (AdaHessian, SophiaH): decay before that changes what they depend on.",
-                'Use mode="coupled"',
-                {"parameter": entry.name, "optimizer": facts.optimizer_name},
-                (entry.name,),
-            )
+        if param.grad is None or not param.grad.requires_grad:
+            continue
+        yield Problem(
+            "The gradients hold their graph (backward(create_graph=True)), and the optimizer may "
+            "differentiate them in its step (AdaHessian, SophiaH): decay before that changes what "
+            "they depend on.",
+            'Use mode="coupled"',
+            {"parameter": entry.name, "optimizer": facts.optimizer_name},
+            (entry.name,),
+        )
 
 
 def sign_has_turned(facts: Facts) -> Iterator[Problem]:
-    """Find gradients that were decayed for the other sign of `maximize`."""
+    """Find gradients decayed for the opposite value of `maximize`."""
     for index, buckets in enumerate(facts.owned.buckets):
         group = facts.optimizer.param_groups[index]
         sign = -1.0 if maximizes(facts.optimizer, group) else 1.0
         for _, pairs in buckets:
-            turned = next((e for _, e in pairs if e.receipt.sign != sign and e.paid), None)
+            turned = next((e for p, e in pairs if _has_turned(p, e, sign)), None)
             if turned is not None:
-                yield Problem(
-                    "`maximize` of the optimizer is not what it was, or was not known, in the backward pass: the "
-                    "decay in the gradient has the wrong sign.",
-                    "Zero the gradients (zero_grad()) and compute them again. So that the sign is known: "
-                    'attach(..., optimizer=optimizer); or use attach(..., at="step")',
-                    {
-                        "parameter": turned.name,
-                        "optimizer": f"{facts.optimizer_name}(maximize={sign < 0})",
-                    },
-                    (turned.name,),
-                )
+                yield _turned(facts, turned, sign)
 
 
-def decay_would_be_decoupled(facts: Facts) -> Iterator[Problem]:
-    """Find an optimizer whose own decay is decoupled, under a handle that takes the default mode."""
-    if would_decouple(facts.optimizer):
-        yield Problem(
-            "The optimizer's own weight decay would be decoupled, and wdhook's default is coupled (L2): the same λ "
-            "means something else.",
-            'Say which is meant: attach(..., mode="decoupled", optimizer=optimizer) for the decay of AdamW, or '
-            'attach(..., mode="coupled") for L2',
-            {"optimizer": facts.optimizer_name, "mode": "not given, so coupled"},
-        )
+def _has_turned(param: Tensor, entry: Entry, sign: float) -> bool:
+    """Tell a gradient with a decay of the opposite sign. Reads suspects alone."""
+    if entry.receipt.sign == sign or not entry.paid or param.grad is None:
+        return False
+    return is_not_zero(param.grad)  # a zeroed gradient holds none
+
+
+def _turned(facts: Facts, entry: Entry, sign: float) -> Problem:
+    return Problem(
+        "`maximize` of the optimizer is not what it was, or was not known, in the backward pass: "
+        "the decay in the gradient has the wrong sign.",
+        "Zero the gradients (zero_grad()) and compute them again. So that the sign is known: "
+        'attach(..., optimizer=optimizer); or use attach(..., at="step")',
+        {
+            "parameter": entry.name,
+            "optimizer": f"{facts.optimizer_name}(maximize={sign < 0})",
+        },
+        (entry.name,),
+    )
 
 
 def pipeline_divides(facts: Facts) -> Iterator[Problem]:
-    """Find a pipeline schedule that divides gradients by the number of micro-batches, and the decay in them."""
-    owned = {id(param): entry.name for param, entry in facts.owned.pairs()}
+    """Find a pipeline schedule with a division of gradients, decay included, by micro-batches."""
     kind = pipeline_schedules()
-    for schedule in living(kind) if kind is not None else ():
+    if kind is None:
+        return
+    owned = {id(param): entry.name for param, entry in facts.owned.pairs()}
+    for schedule in living(kind):
         if not getattr(schedule, "scale_grads", False) or micro_batches(schedule) < 2:
             continue
         for stage in stages(schedule):
-            name = next((owned[id(p)] for p in stage.submod.parameters() if id(p) in owned), None)
+            params = stage.submod.parameters()
+            name = next((owned[id(p)] for p in params if id(p) in owned), None)
             if name is not None:
-                yield Problem(
-                    "A pipeline schedule divides the gradients by the number of micro-batches, and with them the "
-                    "decay that was added in the backward.",
-                    'Use attach(..., at="step"), or scale_grads=False with a loss_fn that divides by their number',
-                    {
-                        "parameter": name,
-                        "schedule": f"{type(schedule).__name__}(scale_grads=True), "
-                        f"{micro_batches(schedule)} micro-batches",
-                    },
-                    (name,),
-                )
+                yield _divided(schedule, name)
+
+
+def _divided(schedule: Any, name: str) -> Problem:
+    count = micro_batches(schedule)
+    return Problem(
+        "A pipeline schedule divides the gradients by the number of micro-batches, and with them "
+        "the decay that was added in the backward.",
+        'Use attach(..., at="step"), or scale_grads=False with a loss_fn that divides by their '
+        "number",
+        {
+            "parameter": name,
+            "schedule": f"{type(schedule).__name__}(scale_grads=True), {count} micro-batches",
+        },
+        (name,),
+    )

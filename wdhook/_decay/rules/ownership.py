@@ -1,4 +1,4 @@
-"""Rules about who steps: master weights, optimizers that own nothing of the model, gradients that were taken away."""
+"""Rules about owners: master weights, optimizers of other models, gradients taken away."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..._base.problem import Problem
-from ..entry import Entry
 from ..living import living
 from ..optimizers import owned_ids
+from ..state import State
 from .base import Facts
 
 COUPLED_TRAVELS = 'Use mode="coupled" with at="backward", whose decay travels in the gradient'
@@ -22,27 +22,39 @@ OTHERWISE = (
 )
 
 
+# Master weights --------------------------------------------------------------------------------
+
+
 def not_stepped_by_those_given(facts: Facts) -> Iterator[Problem]:
-    """Find a parameter with a gradient that none of the given optimizers owns."""
+    """Find a parameter with a gradient outside of every given optimizer."""
     state = facts.state
-    given = state.optimizers.given()
     if not state.optimizers.was_given(facts.optimizer) or not facts.owned.unchecked:
         return
-    owned = owned_ids(given)
+    owned = owned_ids(state.optimizers.given())
     for param, entry in state.parameters.pairs():
         if param.grad is not None and not entry.paid and id(param) not in owned:
             yield master_weights(entry.name, param, "none of those given as `optimizer`")
 
 
 def master_weights(name: str, param: Tensor, optimizer: str, taken: bool = False) -> Problem:
-    """The problem of an optimizer that steps something else than a decayed parameter."""
+    """The problem of a step beside a decayed parameter.
+
+    Args:
+        name: of the parameter.
+        param: has a gradient, and is not stepped.
+        optimizer: the class of the optimizer that steps.
+        taken: the gradient was taken away in the backward pass.
+    """
     advice = f"{COUPLED_TRAVELS}; or {OTHERWISE}"
     if taken:
-        advice = "Let the optimizer decay: give it wdhook.param_groups(model, λ), or groups of its copies"
+        advice = (
+            "Let the optimizer decay: give it wdhook.param_groups(model, λ), or groups of its "
+            "copies"
+        )
     return Problem(
-        "A decayed parameter has a gradient, and the optimizer that steps does not own it. It may step master "
-        "weights: copies of the parameters, which it writes back, so that decay of the parameter itself would be "
-        "lost.",
+        "A decayed parameter has a gradient, and the optimizer that steps does not own it. It may "
+        "step master weights: copies of the parameters, which it writes back, so that decay of "
+        "the parameter itself would be lost.",
         advice,
         {"parameter": f"{name} {tuple(param.shape)} {param.dtype}", "optimizer": optimizer},
         (name,),
@@ -50,36 +62,50 @@ def master_weights(name: str, param: Tensor, optimizer: str, taken: bool = False
 
 
 class StepsCopies:
-    """Finds an optimizer that steps copies of decayed parameters, so that decay at the step would be lost.
+    """Finds an optimizer of copies of decayed parameters: decay at the step would be lost.
 
-    A given optimizer that owns nothing of the model needs no proof. Any other one is recognised by content: copies
-    start with the values of the parameters.
+    A given optimizer that owns nothing of the model needs no proof. Any other one is recognised by
+    content: copies start with the values of the parameters.
     """
 
     def __init__(self) -> None:
         self._cleared: set[int] = set()  # ids of optimizers that were seen to step no copies
 
     def __call__(self, facts: Facts) -> Iterator[Problem]:
-        """Look at an optimizer that owns nothing of the model, while none that does is known."""
-        state = facts.state
-        if facts.claimed or facts.owned.wraps or state.optimizers.met():
-            return
+        """Look at a foreign optimizer, while no optimizer of the model is known."""
+        if _is_of_others(facts) and not facts.state.optimizers.met():
+            if facts.state.optimizers.was_given(facts.optimizer):
+                yield from _given_beside(facts)
+            elif not _travels(facts.state):
+                yield from self._look_at_content(facts)
+
+    def _look_at_content(self, facts: Facts) -> Iterator[Problem]:
         waiting = next(_waiting(facts), None)
-        if state.optimizers.was_given(facts.optimizer):
-            first = waiting or next(_decayed(facts), None)
-            if first is not None and (
-                not state.config.in_backward or not state.config.in_gradient or state.taken
-            ):
-                yield master_weights(*first, facts.optimizer_name, taken=bool(state.taken))
-            return
-        travels = state.config.in_gradient and state.config.in_backward
-        if waiting is None or travels or id(facts.optimizer) in self._cleared:
+        if waiting is None or id(facts.optimizer) in self._cleared:
             return
         name, param = waiting
         if _copies(facts.optimizer, param) and not _is_owned_elsewhere(param):
             yield master_weights(name, param, facts.optimizer_name)
         else:
             self._cleared.add(id(facts.optimizer))
+
+
+def _given_beside(facts: Facts) -> Iterator[Problem]:
+    """The problem of a given optimizer without a parameter of the model."""
+    taken = bool(facts.state.taken)
+    first = next(_waiting(facts), None) or next(_decayed(facts), None)
+    if first is not None and (taken or not _travels(facts.state)):
+        yield master_weights(*first, facts.optimizer_name, taken=taken)
+
+
+def _travels(state: State) -> bool:
+    """The decay travels in the gradients, to whatever is stepped."""
+    return state.config.in_gradient and state.config.in_backward
+
+
+def _is_of_others(facts: Facts) -> bool:
+    """No handle decays parameters of the optimizer, nor of an optimizer inside."""
+    return not (facts.claimed or facts.owned.owns_any() or facts.owned.wraps)
 
 
 def _waiting(facts: Facts) -> Iterator[tuple[str, Tensor]]:
@@ -94,7 +120,7 @@ def _decayed(facts: Facts) -> Iterator[tuple[str, Tensor]]:
 
 
 def _copies(optimizer: Any, param: Tensor) -> bool:
-    """Tell an optimizer that steps a copy of a parameter, which is no parameter of another module."""
+    """Tell an optimizer of a copy of a parameter, outside of any module."""
     for group in optimizer.param_groups:
         for stepped in group["params"]:
             if is_copy(stepped, param) and not _is_of_a_module(stepped):
@@ -103,49 +129,75 @@ def _copies(optimizer: Any, param: Tensor) -> bool:
 
 
 def is_copy(stepped: Tensor, param: Tensor) -> bool:
-    """Tell a copy of a parameter, or a flat buffer that begins with one. Synchronises."""
+    """Tell a copy of a parameter, or a flat buffer with a copy at its beginning. Synchronises."""
     flat = stepped.ndim == 1 and stepped.numel() >= param.numel()
     if not (flat or stepped.shape == param.shape) or stepped.numel() <= 1:
         return False
     if stepped is param or hasattr(param, "to_local") or hasattr(stepped, "to_local"):
         return False
     head, values = stepped.detach().flatten()[: param.numel()], param.detach().flatten()
-    # Not to the last bit: decay in the backward has shrunk the parameter already, by much less than a quarter.
+    # Not to the last bit: decay in the backward has shrunk the parameter already, by much less
+    # than a quarter.
     same = torch.isclose(head.to(values.device, values.dtype), values, rtol=0.25, atol=0.0).all()
     return bool(same & values.any())  # zeros are equal by chance
 
 
 def _is_of_a_module(param: Tensor) -> bool:
-    """Some module of the process owns the parameter: then it is a twin of ours, and no master copy.
+    """Some module of the process owns the parameter: a twin of ours, and no master copy.
 
-    Looks through all objects of the process; asked once for an optimizer that steps what looks like a copy.
+    Looks through all objects of the process; asked once for an optimizer of a likely copy.
     """
-    modules = living(torch.nn.Module)
-    return any(
-        param is p for module in modules for p in module.__dict__.get("_parameters", {}).values()
-    )
+    for module in living(torch.nn.Module):
+        params = module.__dict__.get("_parameters", {})
+        if any(param is p for p in params.values()):
+            return True
+    return False
 
 
 def _is_owned_elsewhere(param: Tensor) -> bool:
-    """Some optimizer of the process owns the parameter (MAML): then copies are no master weights."""
+    """Some optimizer of the process owns the parameter (MAML): copies are no master weights."""
     return any(id(param) in owned_ids([optimizer]) for optimizer in living_optimizers())
 
 
 def living_optimizers() -> Iterator[Any]:
-    """Every optimizer of the process that is complete."""
+    """Every complete optimizer of the process."""
     return (o for o in living(Optimizer) if hasattr(o, "param_groups"))
 
 
+def gradient_was_taken(facts: Facts) -> Iterator[Problem]:
+    """Find a step of a foreign optimizer, after gradients were taken away."""
+    state = facts.state
+    if not state.taken or not _is_of_others(facts):
+        return
+    for found in state.parameters.walk():
+        if found.name not in state.taken or found.param.grad is not None:
+            continue
+        yield Problem(
+            "A decayed parameter got gradients in the backward pass and lost them there (an engine "
+            "keeps them in buffers of its own), and the optimizer that steps does not own the "
+            "parameter: no decay reaches it.",
+            "Let the optimizer or the engine decay: give it wdhook.param_groups(model, λ)",
+            {
+                "parameter": state.describe(found.name, found.param),
+                "optimizer": facts.optimizer_name,
+            },
+            (found.name,),
+        )
+
+
+# Who steps -------------------------------------------------------------------------------------
+
+
 class NeverSteps:
-    """Finds a handle none of whose parameters any optimizer steps: a copy of the model is trained, or another one."""
+    """Finds a handle on an untrained model: a copy is trained, or another model."""
 
     def __init__(self) -> None:
         self._foreign = 0
         self._next = _PATIENCE
 
     def __call__(self, facts: Facts) -> Iterator[Problem]:
-        """Count steps of others until one is ours."""
-        if facts.state.steps or facts.owned.owns_any() or facts.owned.wraps or facts.claimed:
+        """Count the steps of foreign optimizers until the first step of the model."""
+        if facts.state.steps or not _is_of_others(facts):
             return
         self._foreign += 1
         if self._foreign < self._next:
@@ -156,9 +208,9 @@ class NeverSteps:
             return
         name, param = first
         yield Problem(
-            f"{self._foreign} optimizer steps were taken, and none of the optimizers owns a decayed parameter of this "
-            "handle: nothing of its model is decayed at a step. A copy of the model (deepcopy, pickle, another "
-            "process) has no hooks.",
+            f"{self._foreign} optimizer steps were taken, and none of the optimizers owns a "
+            "decayed parameter of this handle: nothing of its model is decayed at a step. A copy "
+            "of the model (deepcopy, pickle, another process) has no hooks.",
             "Attach to the model that is trained; remove() this handle if its model is not",
             {
                 "parameter": facts.state.describe(name, param),
@@ -172,64 +224,41 @@ _PATIENCE = 20  # steps; the critic of a GAN takes five or so before the generat
 
 
 def _will_step(facts: Facts) -> bool:
-    """Some optimizer of the process owns a decayed parameter, and may step it later."""
+    """Some optimizer of the process owns a decayed parameter, for a later step."""
     governed = facts.state.parameters.governed().keys()
     return any(not governed.isdisjoint(owned_ids([o])) for o in living_optimizers())
 
 
 class TwoStep:
-    """Finds parameters that a given optimizer and another one step in turn: each step of each decays."""
+    """Finds parameters stepped in turn by a given optimizer and another. Each step decays."""
 
     def __init__(self) -> None:
-        self._last: Any = None  # id of the last optimizer that stepped, and was not given
         self._given_has_stepped = False
+        self._last = ""  # class of the last optimizer that was not given
+        self._last_owned: set[int] = set()  # ids of its entries
 
     def __call__(self, facts: Facts) -> Iterator[Problem]:
-        """Remember who has stepped."""
+        """Remember each stepping optimizer, and compare a given one with the last foreign one."""
         optimizers = facts.state.optimizers
         if not optimizers.given():
             return
         if not optimizers.was_given(facts.optimizer):
-            self._last = facts.optimizer_name if self._given_has_stepped else None
-            self._mine = {id(entry) for _, entry in facts.owned.pairs()}
+            if self._given_has_stepped:
+                self._last = facts.optimizer_name
+                self._last_owned = {id(entry) for _, entry in facts.owned.pairs()}
             return
         self._given_has_stepped = True
-        if self._last is None:
-            return
-        shared = next((e for _, e in facts.owned.pairs() if id(e) in self._mine), None)
+        shared = next((e for _, e in facts.owned.pairs() if id(e) in self._last_owned), None)
         if shared is not None:
             yield Problem(
-                "Two optimizers step a decayed parameter in turn, and `attach` was given one of them: the steps of "
-                "the other decay too.",
-                "Pause the decay while the other one steps: with decay.paused(): outer.step(); or give both",
+                "Two optimizers step a decayed parameter in turn, and `attach` was given one of "
+                "them: the steps of the other decay too.",
+                "Pause the decay while the other one steps: with decay.paused(): outer.step(); "
+                "or give both",
                 {
                     "parameter": shared.name,
                     "given": facts.optimizer_name,
-                    "steps too": str(self._last),
+                    "steps too": self._last,
                 },
                 (shared.name,),
             )
-
-
-def gradient_was_taken(facts: Facts) -> Iterator[Problem]:
-    """Find a step of an optimizer that owns nothing of the model, after gradients were taken away."""
-    state = facts.state
-    if not state.taken or facts.owned.owns_any() or facts.owned.wraps or facts.claimed:
-        return
-    for found in state.parameters.walk():
-        if found.name in state.taken and found.param.grad is None:
-            yield Problem(
-                "A decayed parameter got gradients in the backward pass and lost them there (an engine keeps them in "
-                "buffers of its own), and the optimizer that steps does not own the parameter: no decay reaches it.",
-                "Let the optimizer or the engine decay: give it wdhook.param_groups(model, λ)",
-                {
-                    "parameter": state.describe(found.name, found.param),
-                    "optimizer": facts.optimizer_name,
-                },
-                (found.name,),
-            )
-
-
-def entry_names(entries: list[Entry]) -> tuple[str, ...]:
-    """Names of several parameters."""
-    return tuple(entry.name for entry in entries)

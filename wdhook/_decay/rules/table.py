@@ -1,5 +1,4 @@
-"""Every rule, one row each, in the order in which they look. docs/limits.md is made from this
-table."""
+"""Every rule as one row, in the order of the checks. Also the table of docs/limits.md."""
 
 from __future__ import annotations
 
@@ -13,40 +12,17 @@ from ..._base.errors import (
     UnsupportedOptimizerError,
     WdhookWarning,
 )
-from ..state import State
 from . import gradients, optimizers, ownership, scaling
 from .base import Moment, Rule
-
-
-def in_gradient(state: State) -> bool:
-    """Decay is added to gradients."""
-    return state.config.in_gradient
-
-
-def in_parameter(state: State) -> bool:
-    """Decay changes parameters."""
-    return not state.config.in_gradient
-
-
-def in_backward(state: State) -> bool:
-    """Decay is paid in the backward pass."""
-    return state.config.in_backward
-
-
-def gradient_in_backward(state: State) -> bool:
-    """Decay is added to gradients in the backward pass."""
-    return in_gradient(state) and in_backward(state)
-
-
-def parameter_in_backward(state: State) -> bool:
-    """Decay changes parameters in the backward pass."""
-    return in_parameter(state) and in_backward(state)
-
-
-def default_mode(state: State) -> bool:
-    """The caller has named no mode."""
-    return not state.config.said_mode
-
+from .conditions import (
+    at_step,
+    default_mode,
+    gradient_in_backward,
+    in_backward,
+    in_gradient,
+    in_parameter,
+    parameter_in_backward,
+)
 
 RULES = (
     # At `attach`.
@@ -55,8 +31,11 @@ RULES = (
         DoubleDecayError,
         Moment.ATTACH,
         optimizers.own_decay,
-        "an optimizer that decays by itself, and whose steps torch does not announce (LOMO), given",
-        "names the group or attribute",
+        situation=(
+            "an optimizer that decays by itself, and whose steps torch does not announce (LOMO), "
+            "given"
+        ),
+        answer="names the group or attribute",
     ),
     # Before a step changes anything.
     Rule(
@@ -64,18 +43,23 @@ RULES = (
         DoubleDecayError,
         Moment.STEP,
         optimizers.own_decay,
-        "the optimizer's own `weight_decay` is not 0 for a decayed parameter (AdamW's default is 0.01; a loaded "
-        "checkpoint brings it back)",
-        "names the group, `adopt`, and the line that sets it to 0",
+        situation=(
+            "the optimizer's own `weight_decay` is not 0 for a decayed parameter (AdamW's default "
+            "is 0.01; a loaded checkpoint brings it back)"
+        ),
+        answer="names the group, `adopt`, and the line that sets it to 0",
     ),
     Rule(
         "learning-rate",
         LearningRateError,
         Moment.STEP,
         optimizers.lr_is_known,
-        "decoupled: `lr` is `None` (Adafactor's relative step), negative or not finite, or is multiplied with more "
-        "than the param group tells (the SGD and AdaGrad forms of D-Adaptation)",
-        "names `lr=`",
+        situation=(
+            "decoupled: `lr` is `None` (Adafactor's relative step), negative or not finite, or is "
+            "multiplied with more than the param group tells (the SGD and AdaGrad forms of "
+            "D-Adaptation)"
+        ),
+        answer="names `lr=`",
         applies=in_parameter,
     ),
     Rule(
@@ -83,8 +67,11 @@ RULES = (
         UnsupportedOptimizerError,
         Moment.STEP,
         optimizers.takes_micro_batches,
-        'an optimizer that takes micro-batches into its state (`optimizer_accumulation` of optimi), at `"backward"`',
-        'names `at="step"`',
+        situation=(
+            "an optimizer that takes micro-batches into its state (`optimizer_accumulation` of "
+            'optimi), at `"backward"`'
+        ),
+        answer='names `at="step"`',
         applies=in_backward,
     ),
     Rule(
@@ -92,17 +79,20 @@ RULES = (
         MasterWeightsError,
         Moment.STEP,
         ownership.not_stepped_by_those_given,
-        "decoupled: a parameter has a gradient, and none of the optimizers given owns it",
-        "names the parameter",
+        situation="decoupled: a parameter has a gradient, and none of the optimizers given owns it",
+        answer="names the parameter",
         applies=in_parameter,
     ),
     Rule(
         "other-learning-rate",
         LearningRateError,
         Moment.STEP,
-        optimizers.LrIsThatOfTheStep,
-        'decoupled at `"backward"`, and another optimizer steps than the one whose `lr` was read, with another `lr`',
-        "names both",
+        optimizers.lr_is_of_another,
+        situation=(
+            'decoupled at `"backward"`, and another optimizer steps than the one whose `lr` was '
+            "read, with another `lr`"
+        ),
+        answer="names both",
         applies=parameter_in_backward,
     ),
     Rule(
@@ -110,8 +100,11 @@ RULES = (
         UnsupportedOptimizerError,
         Moment.STEP,
         optimizers.differentiates_gradients,
-        "decoupled decay, gradients that hold their graph (`backward(create_graph=True)`, as for AdaHessian)",
-        "decay would change what they depend on",
+        situation=(
+            "decoupled decay, gradients that hold their graph (`backward(create_graph=True)`, as "
+            "for AdaHessian)"
+        ),
+        answer="decay would change what they depend on",
         applies=in_parameter,
     ),
     Rule(
@@ -119,8 +112,11 @@ RULES = (
         UnsupportedOptimizerError,
         Moment.STEP,
         optimizers.has_two_sequences,
-        "decoupled decay with an optimizer that keeps a second sequence of weights (ScheduleFree, MADGRAD)",
-        "names `param_groups`; at `attach` where the optimizer was given",
+        situation=(
+            "decoupled decay with an optimizer that keeps a second sequence of weights "
+            "(ScheduleFree, MADGRAD)"
+        ),
+        answer="names `param_groups`; at `attach` where the optimizer was given",
         applies=in_parameter,
         first_steps=True,
     ),
@@ -129,8 +125,8 @@ RULES = (
         LossScaleError,
         Moment.STEP,
         scaling.scaler_was_not_given,
-        'a `GradScaler` steps, and coupled decay at `"backward"` was not given `scaler=`',
-        "names `scaler=`",
+        situation='a `GradScaler` steps, and coupled decay at `"backward"` was not given `scaler=`',
+        answer="names `scaler=`",
         applies=gradient_in_backward,
     ),
     Rule(
@@ -138,8 +134,8 @@ RULES = (
         LossScaleError,
         Moment.STEP,
         scaling.grad_scale_by_hand,
-        'an optimizer was told its `grad_scale` by hand, coupled at `"backward"`',
-        'names `at="step"`',
+        situation='an optimizer was told its `grad_scale` by hand, coupled at `"backward"`',
+        answer='names `at="step"`',
         applies=gradient_in_backward,
     ),
     Rule(
@@ -147,8 +143,11 @@ RULES = (
         LossScaleError,
         Moment.STEP,
         scaling.scaler_does_not_step,
-        'a `GradScaler` was given, coupled at `"backward"`, and another one or none steps the optimizer',
-        "names `scaler.step`; a scaler with a step of its own is taken at its word",
+        situation=(
+            'a `GradScaler` was given, coupled at `"backward"`, and another one or none steps the '
+            "optimizer"
+        ),
+        answer="names `scaler.step`; a scaler with a step of its own is taken at its word",
         applies=gradient_in_backward,
     ),
     Rule(
@@ -156,8 +155,11 @@ RULES = (
         UnsupportedOptimizerError,
         Moment.STEP,
         optimizers.sign_has_turned,
-        '`maximize` was set or unset since the backward pass, or was not known there, coupled at `"backward"`',
-        "names `zero_grad()` and `optimizer=`",
+        situation=(
+            "`maximize` was set or unset since the backward pass, or was not known there, coupled "
+            'at `"backward"`'
+        ),
+        answer="names `zero_grad()` and `optimizer=`",
         applies=gradient_in_backward,
     ),
     Rule(
@@ -165,8 +167,11 @@ RULES = (
         LossScaleError,
         Moment.STEP,
         optimizers.pipeline_divides,
-        'a pipeline schedule with `scale_grads=True` (torch\'s default), coupled at `"backward"`',
-        "the schedule would divide the decay",
+        situation=(
+            "a pipeline schedule with `scale_grads=True` (torch's default), coupled at "
+            '`"backward"`'
+        ),
+        answer="the schedule would divide the decay",
         applies=gradient_in_backward,
         on_change=True,
     ),
@@ -175,9 +180,11 @@ RULES = (
         AmbiguousGradientError,
         Moment.STEP,
         gradients.ambiguous,
-        "gradients that were moved to a buffer of your own, replaced, or put back between the backward passes of one "
-        'step, coupled at `"backward"`',
-        'names `at="step"`',
+        situation=(
+            "gradients that were moved to a buffer of your own, replaced, or put back between the "
+            'backward passes of one step, coupled at `"backward"`'
+        ),
+        answer='names `at="step"`',
         applies=in_gradient,
         asked=True,
     ),
@@ -186,9 +193,11 @@ RULES = (
         UnsupportedOptimizerError,
         Moment.STEP,
         scaling.moved_in_the_closure,
-        "a wrapper that moves the parameters and lets the optimizer inside run the closure there (heavyball's SAM), "
-        'at `"step"`',
-        'names `at="backward"`',
+        situation=(
+            "a wrapper that moves the parameters and lets the optimizer inside run the closure "
+            'there (heavyball\'s SAM), at `"step"`'
+        ),
+        answer='names `at="backward"`',
         asked=True,
     ),
     Rule(
@@ -196,16 +205,19 @@ RULES = (
         WdhookWarning,
         Moment.STEP,
         ownership.TwoStep,
-        "an optimizer that was given and another one step the same parameters in turn (DiLoCo, Reptile)",
-        "both decay; names `paused`",
+        situation=(
+            "an optimizer that was given and another one step the same parameters in turn (DiLoCo, "
+            "Reptile)"
+        ),
+        answer="both decay; names `paused`",
     ),
     Rule(
         "default-mode",
         WdhookWarning,
         Moment.STEP,
         optimizers.decay_would_be_decoupled,
-        "`mode` was not given, and the optimizer's own decay would be decoupled (AdamW)",
-        "coupled decay; names both ways to say what is meant",
+        situation="`mode` was not given, and the optimizer's own decay would be decoupled (AdamW)",
+        answer="coupled decay; names both ways to say what is meant",
         applies=default_mode,
         on_change=True,
     ),
@@ -214,8 +226,8 @@ RULES = (
         WdhookWarning,
         Moment.STEP,
         scaling.rounds_away,
-        "`lr·λ` below half a unit in the last place of a bfloat16 or float16 parameter",
-        "the decay rounds away",
+        situation="`lr·λ` below half a unit in the last place of a bfloat16 or float16 parameter",
+        answer="the decay rounds away",
         on_change=True,
     ),
     Rule(
@@ -223,8 +235,8 @@ RULES = (
         WdhookWarning,
         Moment.STEP,
         gradients.lower_precision_gradient,
-        "a gradient of lower precision than its parameter (`grad_dtype`), coupled",
-        "λ·p is rounded to the precision of the gradient",
+        situation="a gradient of lower precision than its parameter (`grad_dtype`), coupled",
+        answer="λ·p is rounded to the precision of the gradient",
         applies=in_gradient,
         first_steps=True,
     ),
@@ -234,17 +246,24 @@ RULES = (
         MasterWeightsError,
         Moment.FOREIGN_STEP,
         ownership.StepsCopies,
-        "the optimizer steps copies of the parameters (master weights), or the only optimizer given owns nothing of "
-        "the model",
-        'names `param_groups`; coupled decay at `"backward"` travels in the gradient and works',
+        situation=(
+            "the optimizer steps copies of the parameters (master weights), or the only optimizer "
+            "given owns nothing of the model"
+        ),
+        answer=(
+            'names `param_groups`; coupled decay at `"backward"` travels in the gradient and works'
+        ),
     ),
     Rule(
         "gradient-taken",
         MasterWeightsError,
         Moment.FOREIGN_STEP,
         ownership.gradient_was_taken,
-        "an engine takes gradients away in the backward pass (`main_grad`) and steps tensors of its own",
-        "names `param_groups`",
+        situation=(
+            "an engine takes gradients away in the backward pass (`main_grad`) and steps tensors "
+            "of its own"
+        ),
+        answer="names `param_groups`",
         applies=in_backward,
     ),
     Rule(
@@ -252,9 +271,11 @@ RULES = (
         WdhookWarning,
         Moment.FOREIGN_STEP,
         ownership.NeverSteps,
-        "20 optimizer steps, none by an optimizer that owns a decayed parameter, and no such optimizer exists: the "
-        "model, or a copy of it, is not the one that is trained",
-        "names the handle's first parameter",
+        situation=(
+            "20 optimizer steps, none by an optimizer that owns a decayed parameter, and no such "
+            "optimizer exists: the model, or a copy of it, is not the one that is trained"
+        ),
+        answer="names the handle's first parameter",
     ),
     # When a step has ended.
     Rule(
@@ -262,8 +283,11 @@ RULES = (
         UndecayedError,
         Moment.STEP_END,
         gradients.undecayed,
-        "a step that calls `backward()` itself, hides its closure in other arguments, or ignores the closure",
-        'after the step, since its gradients come into being there; names `at="backward"`',
+        situation=(
+            "a step that calls `backward()` itself, hides its closure in other arguments, or "
+            "ignores the closure"
+        ),
+        answer='after the step, since its gradients come into being there; names `at="backward"`',
         asked=True,
     ),
     # Met in the backward pass, or while a step pays.
@@ -272,8 +296,11 @@ RULES = (
         WdhookWarning,
         Moment.STEP,
         gradients.replaced,
-        'a gradient replaced between its decay and the step (`p.grad = f(p.grad)`), coupled at `"backward"`',
-        "taken as derived from the decayed one: nothing is added",
+        situation=(
+            "a gradient replaced between its decay and the step (`p.grad = f(p.grad)`), coupled at "
+            '`"backward"`'
+        ),
+        answer="taken as derived from the decayed one: nothing is added",
         asked=True,
     ),
     Rule(
@@ -281,8 +308,11 @@ RULES = (
         WdhookWarning,
         Moment.BACKWARD,
         gradients.changed_between,
-        'a gradient changed in place between two backward passes of one step (a running mean), coupled at `"backward"`',
-        "the decay in it was changed too",
+        situation=(
+            "a gradient changed in place between two backward passes of one step (a running mean), "
+            'coupled at `"backward"`'
+        ),
+        answer="the decay in it was changed too",
         asked=True,
     ),
     Rule(
@@ -290,8 +320,11 @@ RULES = (
         WdhookWarning,
         Moment.BACKWARD,
         gradients.zeroed_or_changed,
-        "as above, and no other gradient tells whether it was zeroed (a model with one decayed parameter)",
-        "decayed again; in a distributed run, and for slices of one buffer, not",
+        situation=(
+            "as above, and no other gradient tells whether it was zeroed (a model with one decayed "
+            "parameter)"
+        ),
+        answer="decayed again; in a distributed run, and for slices of one buffer, not",
         asked=True,
     ),
     Rule(
@@ -299,8 +332,11 @@ RULES = (
         WdhookWarning,
         Moment.BACKWARD,
         gradients.sums_without_graph,
-        "`backward(create_graph=True)` of a loss that is linear in the weights, more than once before the step",
-        "taken as new gradients: each is decayed",
+        situation=(
+            "`backward(create_graph=True)` of a loss that is linear in the weights, more than once "
+            "before the step"
+        ),
+        answer="taken as new gradients: each is decayed",
         asked=True,
     ),
     Rule(
@@ -308,8 +344,8 @@ RULES = (
         WdhookWarning,
         Moment.BACKWARD,
         gradients.sparse_then_dense,
-        'a gradient that is sparse, and then dense before the step, at `"backward"`',
-        "rows of the first may be decayed twice",
+        situation='a gradient that is sparse, and then dense before the step, at `"backward"`',
+        answer="rows of the first may be decayed twice",
         asked=True,
     ),
     Rule(
@@ -317,8 +353,8 @@ RULES = (
         WdhookWarning,
         Moment.BACKWARD,
         gradients.second_gradient,
-        'decoupled at `"backward"` with a second gradient before the step',
-        "decayed once; the micro-batches see different parameters",
+        situation='decoupled at `"backward"` with a second gradient before the step',
+        answer="decayed once; the micro-batches see different parameters",
         asked=True,
     ),
     Rule(
@@ -326,9 +362,11 @@ RULES = (
         WdhookWarning,
         Moment.STEP,
         gradients.stepped_again,
-        "a gradient that is stepped twice without a visible change: it was stepped as it is, or refilled by "
-        "`.data`, numpy or a [CUDA graph](compile.md#cuda-graphs)",
-        "taken to hold its decay still",
+        situation=(
+            "a gradient that is stepped twice without a visible change: it was stepped as it is, "
+            "or refilled by `.data`, numpy or a [CUDA graph](compile.md#cuda-graphs)"
+        ),
+        answer="taken to hold its decay still",
         asked=True,
     ),
     Rule(
@@ -336,8 +374,10 @@ RULES = (
         WdhookWarning,
         Moment.STEP,
         gradients.replayed_backward,
-        'a CUDA gradient that changed without a call of its hook, coupled at `"backward"`',
-        "decayed at the step",
+        situation=(
+            'a CUDA gradient that changed without a call of its hook, coupled at `"backward"`'
+        ),
+        answer="decayed at the step",
         asked=True,
     ),
     Rule(
@@ -345,17 +385,21 @@ RULES = (
         WdhookWarning,
         Moment.SETTER,
         gradients.captured_weight_decay,
-        "λ set after a step was captured in a CUDA graph",
-        "the graph replays the old λ",
+        situation="λ set after a step was captured in a CUDA graph",
+        answer="the graph replays the old λ",
     ),
     Rule(
         "unannounced-steps",
         WdhookWarning,
         Moment.BACKWARD,
         gradients.unannounced_steps,
-        "parameters move between backward passes, and torch announces no step: a loop without `torch.optim`, an "
-        "optimizer whose `step` is replaced or never called",
-        'at `"backward"` each move counts as a step; at `"step"` nothing is decayed',
+        situation=(
+            "parameters move between backward passes, and torch announces no step: a loop without "
+            "`torch.optim`, an optimizer whose `step` is replaced or never called"
+        ),
+        answer='at `"step"` nothing is decayed; at `"backward"` each move counts as a step, which '
+        "is right and needs no word",
+        applies=at_step,
         asked=True,
     ),
     Rule(
@@ -363,8 +407,11 @@ RULES = (
         WdhookWarning,
         Moment.BACKWARD,
         gradients.moved_in_the_pass,
-        "a parameter is updated during the backward pass, by something that is no post-accumulate-grad hook of it",
-        "its decay comes when the pass ends, too late",
+        situation=(
+            "a parameter is updated during the backward pass, by something that is no "
+            "post-accumulate-grad hook of it"
+        ),
+        answer="its decay comes when the pass ends, too late",
         asked=True,
     ),
     Rule(
@@ -372,8 +419,8 @@ RULES = (
         WdhookWarning,
         Moment.BACKWARD,
         gradients.schedule_waits,
-        "a schedule of λ, and 1000 backward passes without an announced step",
-        "λ stays at its beginning",
+        situation="a schedule of λ, and 1000 backward passes without an announced step",
+        answer="λ stays at its beginning",
         asked=True,
     ),
 )
