@@ -112,7 +112,7 @@ class Check:
         return "\n".join(lines)
 
 
-def _checked(engine: Engine) -> Check:
+def checked(engine: Engine) -> Check:
     """Read what the engine has kept of the last payments. Waits for the device where ``lr`` is a
     tensor."""
     state = engine.state
@@ -306,7 +306,7 @@ class WeightDecay:
         """
         if self._engine is None or self._engine.closed:
             return Check(removed=True)
-        return _checked(self._engine)
+        return checked(self._engine)
 
     def state_dict(self) -> dict[str, Any]:
         """λ and what a schedule cannot recompute, as plain numbers (and tensors, where ``lr`` is
@@ -355,7 +355,7 @@ class WeightDecay:
             life = "removed"
         else:
             life = f"steps={self._engine.state.steps}"
-            frozen = len(_checked(self._engine).frozen)
+            frozen = len(checked(self._engine).frozen)
             if frozen:
                 decayed -= frozen
                 life = f"frozen={frozen}, {life}"

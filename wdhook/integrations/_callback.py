@@ -27,7 +27,6 @@ class Arguments(TypedDict, total=False):
     lr: LearningRate | None
     overrides: Overrides | None
     recipe: Recipe | None
-    inputs: Any | None
     foreach: bool | None
 
 

@@ -38,7 +38,7 @@ class WeightDecay(Attached, Callback):
         log: log λ as ``wdhook/weight_decay`` and the norm of the parameters of each role as
             ``wdhook/norm/<role>``, at the steps that the Trainer logs. They stay on the device
             until the logger reads them.
-        **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``inputs``,
+        **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``,
             ``foreach``; see `wdhook.attach`.
 
     Raises:

@@ -35,7 +35,7 @@ class WeightDecayCallback(Attached, TrainerCallback, ExportableState):
     Args:
         weight_decay: λ per optimizer step, a schedule of it (`wdhook.schedules`), or a ready plan
             of the model.
-        **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``inputs``,
+        **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``,
             ``foreach``; see `wdhook.attach`.
 
     Raises:
