@@ -91,6 +91,7 @@ INDEX = {
     "how-much": ["half-life", "timescale", "which λ", "hyperparameters"],
     "logging": ["wandb", "Weights & Biases", "TensorBoard", "MLflow"],
     "migration": ["no_decay", "parameter groups"],
+    "recipes": ["examples", "scripts", "Hydra", "LightningCLI", "YAML", "GPT", "ViT", "GAN"],
     "resume-and-finetuning": ["freeze", "frozen layers", "LoRA", "checkpoint"],
     "which-parameters": ["RMSNorm", "LayerNorm", "tied weights", "embeddings", "bias"],
 }

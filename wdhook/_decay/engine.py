@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from .._plan.decision import Decision
 from .._plan.plan import Plan
 from .config import Config
-from .entry import Due, Entry
+from .entry import Due, Entry, Progress
 from .memory import Memo, Memory
 from .model_ref import ModelRef
 from .ownership import Optimizers, View
@@ -132,17 +132,19 @@ class Engine:
         """Parameters of the model and of optimizers, with their memos. Nothing new is decided."""
         parameters = self.state.parameters
         for found in parameters.walk() if self.state.config.formula.remembers else ():
-            entry = parameters.entry(found.param)
-            # Without an entry: what was loaded for a parameter that no optimizer has stepped since.
-            memo = self.memory.of(found.name) if entry is None else entry.memo
-            if memo is not None:
-                yield found.param, memo
+            known = parameters.known(found.param)
+            if known is not None and known.decision.eligible:
+                progress = known.progress
+                # Without one: what was loaded for a parameter that no optimizer has stepped since.
+                memo = progress.memo if progress else self.memory.new_memo(known.decision.name)
+                if memo is not None:
+                    yield found.param, memo
         for view in self.state.optimizers.views():
             for param, entry in view.pairs():
                 if entry.memo is not None:
                     yield param, entry.memo
 
-    def _new_entry(self, decision: Decision) -> Entry:
+    def _new_entry(self, decision: Decision, progress: Progress | None) -> Entry:
         own = None if decision.follows else decision.weight_decay
         config = self.state.config
         if config.in_backward:
@@ -150,8 +152,10 @@ class Engine:
         else:
             entry = Entry(decision.name, own, self._unowned)
         self.state.rate.recall_peak(entry)
-        if config.formula.remembers:
-            entry.memo = self.memory.begin(entry.name)
+        if progress is not None:
+            entry.resume(progress)
+        if config.formula.remembers and entry.memo is None:
+            entry.progress.memo = self.memory.new_memo(entry.name)
         return entry
 
     # ---------------------------------------------------------------- facts
@@ -199,8 +203,8 @@ class Engine:
 
     def save(self) -> dict[str, Any]:
         """What a saved handle holds besides λ."""
-        progress = self.state.rate.save(self.state.parameters.progress())
-        return {**progress, "memory": self.memory.save()}
+        progress = self.state.parameters.progress()
+        return {**self.state.rate.save(progress), "memory": self.memory.save(_memos(progress))}
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Undo of `save`, and of the λ that a schedule has given since."""
@@ -208,7 +212,7 @@ class Engine:
         entries = parameters.entries()
         parameters.forget_progress()
         rate.load(saved, entries)
-        self.memory.load(saved["memory"])
+        self.memory.load(saved["memory"], _memos(parameters.progress()))
         for param, entry in parameters.pairs():
             if entry.terms.place is None:
                 entry.move(rate.clock_after(rate.saved_steps(entry.name)))
@@ -224,3 +228,8 @@ class Engine:
 def _some(items: list[Any]) -> list[Any]:
     """The first, the middle and the last."""
     return [items[0], items[len(items) // 2], items[-1]] if items else []
+
+
+def _memos(progress: Mapping[str, Progress]) -> dict[str, Memo]:
+    """Name → memo, where there is one."""
+    return {name: one.memo for name, one in progress.items() if one.memo is not None}

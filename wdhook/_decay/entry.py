@@ -62,13 +62,22 @@ class Progress:
     Attributes:
         peak: the largest learning rate so far.
         clock: counts the steps of its optimizer.
+        memo: what the formula remembers of the parameter; None for a formula that remembers
+            nothing.
     """
 
-    __slots__ = ("clock", "peak")
+    __slots__ = ("clock", "memo", "peak")
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.peak = _NO_PEAK
+        self.memo: Memo | None = None
+
+    def copy(self) -> Progress:
+        """The same for a second tensor, without a memo: what is remembered is written once."""
+        copy = Progress(self.clock)
+        copy.peak = self.peak
+        return copy
 
 
 class Terms:
@@ -149,11 +158,9 @@ class Entry(Window):
         receipt: what the last payment was made with.
         terms: numbers shared with other parameters.
         handle: of the hook; None where there is none.
-        memo: what the formula remembers of the parameter; None for a formula that remembers
-            nothing.
     """
 
-    __slots__ = ("handle", "memo", "name", "own", "progress", "receipt", "terms")
+    __slots__ = ("handle", "name", "own", "progress", "receipt", "terms")
 
     terms: Terms
 
@@ -164,7 +171,6 @@ class Entry(Window):
         self.progress = Progress(clock)
         self.receipt = _NOTHING
         self.handle: RemovableHandle | None = None
-        self.memo: Memo | None = None
 
     @property
     def weight_decay(self) -> float:
@@ -179,6 +185,11 @@ class Entry(Window):
     @peak.setter
     def peak(self, peak: Peak) -> None:
         self.progress.peak = peak
+
+    @property
+    def memo(self) -> Memo | None:
+        """What the formula remembers of the parameter."""
+        return self.progress.memo
 
     def move(self, clock: Clock) -> None:
         """Let another optimizer close this window from now on."""

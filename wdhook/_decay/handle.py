@@ -62,7 +62,7 @@ class Check:
 
     @property
     def sentence(self) -> str:
-        """The first line: what was decayed, by how much, or why nothing was."""
+        """The first line says what was decayed, and by how much, or why nothing was."""
         if self.removed:
             return "Nothing is decayed: the handle is removed, or its model is gone."
         trained = len(self.decayed) + len(self.absent) + len(self.undecayed)
@@ -113,7 +113,7 @@ class Check:
         return "\n".join(lines)
 
 
-def _checked(engine: Engine) -> Check:
+def checked(engine: Engine) -> Check:
     """Read what the engine has kept of the last payments. Waits for the device where ``lr`` is a
     tensor."""
     state = engine.state
@@ -176,7 +176,7 @@ class WeightDecay:
 
     @property
     def mode(self) -> str:
-        """The formula: ``"coupled"``, ``"decoupled"``, ... Attach again to change it."""
+        """Name of the formula, ``"coupled"`` for one. Attach again to change it."""
         return self._mode
 
     @property
@@ -234,7 +234,7 @@ class WeightDecay:
 
         Raises:
             ArgumentError: (setter) not a number, negative or not finite; or the handle follows a
-            schedule.
+                schedule.
         """
         return (
             self._plan.weight_decay
@@ -279,7 +279,7 @@ class WeightDecay:
 
         Args:
             by: ``"role"``, ``"name"`` for each parameter by itself, or a function that names the
-            group of a `Decision`.
+                group of a `Decision`.
 
         Raises:
             ArgumentError: `by` is something else.
@@ -325,7 +325,7 @@ class WeightDecay:
         """
         if self._engine is None or self._engine.closed:
             return Check(removed=True)
-        return _checked(self._engine)
+        return checked(self._engine)
 
     def state_dict(self) -> dict[str, Any]:
         """λ, what a schedule cannot recompute and what deferred decay has not written, as plain
@@ -391,7 +391,7 @@ class WeightDecay:
             life = "removed (a copy: attach again)" if self._is_copy else "removed"
         else:
             life = f"steps={self._engine.state.steps}"
-            frozen = len(_checked(self._engine).frozen)
+            frozen = len(checked(self._engine).frozen)
             if frozen:
                 decayed -= frozen
                 life = f"frozen={frozen}, {life}"

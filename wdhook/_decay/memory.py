@@ -1,5 +1,4 @@
-"""What a formula remembers of each parameter: under the parameter's name, so that it outlives an
-optimizer."""
+"""What a formula remembers of each parameter, and what a checkpoint holds of it."""
 
 from __future__ import annotations
 
@@ -27,10 +26,6 @@ class Memo:
         self.product: Number | None = None
         self.written: Number | None = None
 
-    def take(self, other: Memo) -> None:
-        """Take over what another memo holds, and leave nothing there: it is written once."""
-        self.product, other.product = other.product, None
-
     def save(self) -> dict[str, Any]:
         """The contents as a checkpoint holds them; empty where there is nothing to remember."""
         product = self.product
@@ -45,37 +40,33 @@ class Memo:
 
 
 class Memory:
-    """The memos of one handle, by the names of parameters.
+    """What a checkpoint holds of parameters that have not been met yet, by their names.
 
-    An entry goes when its optimizer goes, or its parameter. A memo waits for the next entry of
-    that name: of the same parameter under another optimizer, or of one that has taken its place
-    (a conversion, ``assign=True``).
+    The memo of a parameter that is known goes with its progress, from entry to entry.
     """
 
     def __init__(self) -> None:
-        self._memos: dict[str, Memo] = {}
+        self._saved: dict[str, Mapping[str, Any]] = {}
 
-    def begin(self, name: str) -> Memo:
-        """A memo for a new entry, with what the last entry of that name has left."""
+    def new_memo(self, name: str) -> Memo:
+        """A memo for a parameter that is met, with what was saved of it."""
         memo = Memo()
-        if name in self._memos:
-            memo.take(self._memos[name])
-        self._memos[name] = memo
+        memo.load(self._saved.pop(name, {}))
         return memo
 
-    def of(self, name: str) -> Memo | None:
-        """The memo of that name; None where there is none."""
-        return self._memos.get(name)
-
-    def save(self) -> tuple[dict[str, Any], ...]:
+    def save(self, memos: Mapping[str, Memo]) -> tuple[dict[str, Any], ...]:
         """Name → contents, in a tuple, which torch.distributed.checkpoint saves as one object; ()
-        where none is."""
-        saved = {name: memo.save() for name, memo in self._memos.items()}
+        where none is.
+
+        Args:
+            memos: of the parameters that are known.
+        """
+        saved = {**self._saved, **{name: memo.save() for name, memo in memos.items()}}
         saved = {name: contents for name, contents in saved.items() if contents}
         return (saved,) if saved else ()
 
-    def load(self, saved: tuple[Mapping[str, Any], ...]) -> None:
+    def load(self, saved: tuple[Mapping[str, Any], ...], memos: Mapping[str, Memo]) -> None:
         """Undo of `save`: also of what has been remembered since."""
-        contents = {name: memo for known in saved for name, memo in known.items()}
-        for name in {*self._memos, *contents}:
-            self._memos.setdefault(name, Memo()).load(contents.get(name, {}))
+        self._saved = {name: contents for known in saved for name, contents in known.items()}
+        for name, memo in memos.items():
+            memo.load(self._saved.pop(name, {}))

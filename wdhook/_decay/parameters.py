@@ -101,7 +101,7 @@ class Parameters:
         model_ref: ModelRef,
         plan: Plan,
         replan: Callable[[nn.Module, float], Plan],
-        new_entry: Callable[[Decision], Entry],
+        new_entry: Callable[[Decision, Progress | None], Entry],
     ) -> None:
         self._model_ref = model_ref
         self._plan = plan
@@ -172,6 +172,7 @@ class Parameters:
         names = {known.decision.name: known for known in gone}
         undone = {former_name(name): known for name, known in names.items()}
         newer: Plan | None = None
+        heirs: set[int] = set()  # ids of progress that one tensor has inherited
         result: dict[int, Known] = {}
         for one in strangers:
             before = places.get((id(one.module), one.local)) or names.get(one.name)
@@ -187,7 +188,11 @@ class Parameters:
                 result[id(one.param)] = Known(newer[one.name], one)
                 continue
             decision = inherited(newer[one.name], old.decision)
-            result[id(one.param)] = Known(decision, one, old.progress)
+            progress = old.progress
+            if progress is not None and id(progress) in heirs:
+                progress = progress.copy()  # weight_norm makes two tensors of one
+            heirs.add(id(progress))
+            result[id(one.param)] = Known(decision, one, progress)
         return result
 
     # ---------------------------------------------------------------- decisions
@@ -237,9 +242,7 @@ class Parameters:
         if entry is not None and entry.handle is not None and not has_hook(param, entry.handle):
             entry = None  # of a parameter that is gone, and whose id this one has
         if entry is None and known is not None and known.decision.eligible:
-            entry = self._entries[id(param)] = self._new_entry(known.decision)
-            if known.progress is not None:
-                entry.resume(known.progress)
+            entry = self._entries[id(param)] = self._new_entry(known.decision, known.progress)
             known.progress = entry.progress
         if entry is not None and not hasattr(entry, "terms"):
             entry.terms = self.unowned_terms(entry, param)

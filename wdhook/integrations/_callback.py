@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from .. import ArgumentError, Plan, WeightDecay, attach
 
 # Not for typing alone: tools that read a YAML file look the types up here.
-from .._decay.arguments import Mode, Moment
+from .._decay.arguments import LowPrecision, Mode, Moment
 from .._decay.optimizers import LearningRate
 from .._plan.overrides import Overrides
 from .._plan.recipes import Recipe
@@ -28,8 +28,9 @@ class Arguments(TypedDict, total=False):
     overrides: Overrides | None
     recipe: Recipe | None
     foreach: bool | None
-    low_precision: str | None
+    low_precision: LowPrecision | None
     cautious: bool
+    inputs: Any | None
 
 
 class Attached:
@@ -42,8 +43,8 @@ class Attached:
         unknown = [name for name in arguments if name not in Arguments.__annotations__]
         if unknown:
             raise ArgumentError(
-                f"`{unknown[0]}` is no argument of {type(self).__name__}: the framework's optimizers and scaler are "
-                "found when training begins.\n"
+                f"`{unknown[0]}` is no argument of {type(self).__name__}: the framework's "
+                "optimizers and scaler are found when training begins.\n"
                 f"  known: weight_decay, {', '.join(Arguments.__annotations__)}"
             )
         self.weight_decay = weight_decay

@@ -28,24 +28,22 @@ class WeightDecay(Attached, Callback):
     ``fit``.
 
     Construct the optimizers with ``weight_decay=0``. The callback attaches when ``fit`` starts,
-    after the strategy has
-    set up model and optimizers, to those optimizers and to the scaler of the precision plugin; it
-    removes when
-    ``fit`` ends, also by an exception. Each ``fit`` begins with `weight_decay`, unless it resumes
-    from a checkpoint: λ is in there.
+    after the strategy has set up model and optimizers, and uses these optimizers and the scaler of
+    the precision plugin. It removes its handle when ``fit`` ends, also by an exception. Each
+    ``fit`` begins with `weight_decay`, unless it resumes from a checkpoint, which holds λ.
 
     Args:
         weight_decay: λ per optimizer step, a schedule of it (`wdhook.schedules`), or a ready plan
-        of the module.
+            of the module.
         log: log λ as ``wdhook/weight_decay`` and the norm of the parameters of each role as
-            ``wdhook/norm/<role>``,
-            at the steps that the Trainer logs. They stay on the device until the logger reads them.
+            ``wdhook/norm/<role>``, at the steps that the Trainer logs. They stay on the device
+            until the logger reads them.
         **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``foreach``,
-            ``low_precision``, ``cautious``; see `wdhook.attach`.
+            ``low_precision``, ``cautious``, ``inputs``; see `wdhook.attach`.
 
     Raises:
         ArgumentError: `arguments` has another name. All that `wdhook.attach` raises comes when
-        ``fit`` starts.
+            ``fit`` starts.
     """
 
     def __init__(

@@ -26,20 +26,21 @@ class WeightDecayCallback(Attached, TrainerCallback, ExportableState):
     r"""Decay the weights of the Trainer's model, and nothing else, once per optimizer step of each
     ``train``.
 
-    Leave ``TrainingArguments.weight_decay`` at 0. The callback attaches when training begins, to
-    the Trainer's
-    optimizer and scaler, and removes when it ends. A Trainer tells no callback of an exception:
-    after one, call
-    `remove`, or let the next ``train`` do it. ``train(resume_from_checkpoint=...)`` goes on with
-    the λ of the checkpoint's ``trainer_state.json``.
+    Leave ``TrainingArguments.weight_decay`` at 0. The callback attaches when training begins, with
+    the Trainer's optimizer and scaler, and removes its handle when training ends. A Trainer does
+    not inform its callbacks of an exception: after one, call `remove`, or let the next ``train`` do
+    it. ``train(resume_from_checkpoint=...)`` continues with the λ of the checkpoint's
+    ``trainer_state.json``.
 
     Args:
+        weight_decay: λ per optimizer step, a schedule of it (`wdhook.schedules`), or a ready plan
+            of the model.
         **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``foreach``,
-            ``low_precision``, ``cautious``; see `wdhook.attach`.
+            ``low_precision``, ``cautious``, ``inputs``; see `wdhook.attach`.
 
     Raises:
         ArgumentError: `arguments` has another name. All that `wdhook.attach` raises comes when
-        training begins.
+            training begins.
     """
 
     def __init__(
@@ -49,7 +50,8 @@ class WeightDecayCallback(Attached, TrainerCallback, ExportableState):
         lost = [name for name, value in given.items() if isinstance(value, str) and value == _LOST]
         if lost:
             raise ArgumentError(
-                f"The Trainer makes its callbacks anew from a checkpoint, and JSON could not hold `{lost[0]}`.\n"
+                "The Trainer makes its callbacks anew from a checkpoint, and JSON could not hold "
+                f"`{lost[0]}`.\n"
                 "  Use TrainingArguments(restore_callback_states_from_checkpoint=False): "
                 "this callback goes on with the λ of a checkpoint anyway"
             )
