@@ -13,7 +13,7 @@ from twins import assert_bit_equal, assert_close, loss_of, weights, zero
 
 needs_compiled_autograd = pytest.mark.skipif(
     not hasattr(compiled_autograd, "_enable"),
-    reason="in this torch compiled autograd is a prototype that calls all hooks after all accumulations",
+    reason="in this torch compiled autograd calls all hooks after all accumulations",
 )
 pytestmark = [*WARNINGS, needs_compiled_autograd, pytest.mark.usefixtures("dynamo")]
 DECAYED = len(weights(small()))

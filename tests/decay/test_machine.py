@@ -427,20 +427,20 @@ def _ends_all_windows(part: steps.Part, nested: bool, again: bool) -> None:
 
 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
-    "windows never close": (steps.Part, "end", lambda part, nested, again: None),
+    "windows never close": (steps.Part, "end", lambda *args, **kwargs: None),
     "a step closes the windows of every optimizer": (steps.Part, "end", _ends_all_windows),
     "each micro-batch decays": (
         window.Window,
         "when_gradient_comes",
-        lambda self, grad, out_of_place: window.Evidence.FRESH,
+        lambda self, grad, **kwargs: window.Evidence.FRESH,
     ),
     "fresh buffers are not known": (
         window.Window,
         "when_gradient_comes",
-        lambda self, grad, out_of_place: window.Evidence.SAME,
+        lambda self, grad, **kwargs: window.Evidence.SAME,
     ),
     "no net": (steps.Part, "decay", lambda *args, **kwargs: None),
-    "no hooks": (passes.Passes, "pay", lambda self, notes: None),
+    "no hooks": (passes.Passes, "pay", lambda *args, **kwargs: None),
     "scaled too weakly": (tensors, "loss_scale", lambda scaler, device: None),
     "schedules stand still": (rate.Rate, "advance", lambda self, clock: None),
     "silent": (rules.Rules, "tell", lambda self, rule, facts: None),

@@ -287,7 +287,10 @@ def test_both_ways_out_of_a_checkpoint_that_decays(way: str) -> None:
     handle = wdhook.attach(model, λ, mode="decoupled", at="step")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    pattern = r"(?s)param_groups\[0\]\['weight_decay'\] = 0.05.*set it to 0 after optimizer.load_state_dict"
+    pattern = (
+        r"(?s)param_groups\[0\]\['weight_decay'\] = 0.05"
+        r".*set it to 0 after optimizer.load_state_dict"
+    )
     with pytest.raises(wdhook.DoubleDecayError, match=pattern):
         train(model, optimizer, batches(model, 1, seed=2))
     assert_bit_equal(model.state_dict(), state["model"])

@@ -169,8 +169,13 @@ def test_without_gradients() -> None:
         snapshot = handle.snapshot()
     numbers = snapshot.to_dict()["groups"]["weight"]
     assert (numbers["grad_norm"], numbers["cos"], numbers["share"]) == (None, None, None)
-    assert set(snapshot.scalars("x")) == {"x/weight_decay", *(f"x/norm/{r}" for r in ("weight", "bias", "norm")),
-                                          "x/share/bias", "x/share/norm"}  # fmt: skip
+    norms = {f"x/norm/{role}" for role in ("weight", "bias", "norm")}
+    assert set(snapshot.scalars("x")) == {
+        "x/weight_decay",
+        "x/share/bias",
+        "x/share/norm",
+        *norms,
+    }
     json.dumps(snapshot.to_dict())
 
 

@@ -58,7 +58,8 @@ def test_a_run_that_begins_ends_the_last_one() -> None:
 
 
 def test_an_engine_that_takes_gradients_is_refused() -> None:
-    """Megatron's `main_grad` tells it: an error with the argument that works, and nothing is attached."""
+    """Megatron's `main_grad` tells of it: the error names the argument that works, and nothing is
+    attached."""
     net = perceptron()
     for param in net.parameters():
         param.main_grad = torch.zeros_like(param)

@@ -10,7 +10,9 @@ import wdhook
 from wdhook._roles.classifier import Verdict, classify
 
 
-def holder(class_name: str, attributes: dict[str, object] | None = None, **parameters: object):
+def holder(
+    class_name: str, attributes: dict[str, object] | None = None, **parameters: object
+) -> nn.Module:
     """A module of a new class; a tuple becomes random values of that shape, a tensor is kept."""
     module = type(class_name, (nn.Module,), {})()
     for name, value in (attributes or {}).items():

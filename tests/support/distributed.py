@@ -1,4 +1,4 @@
-"""What the distributed tests share: one loop for the ranks and for their copies in one process; do ranks agree?"""
+"""One loop for the ranks and for their copies in one process; a check that ranks agree."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def play(
     after_backward: Callable[[bool, bool], None] = lambda first, synced: None,
     backward: Callable[[Tensor], None] = Tensor.backward,
 ) -> None:
-    """Train one model for each of `ranks`, on its own rows: the one of this process, or the copies of all."""
+    """Train one model for each of `ranks`, on its own rows: that of this process, or all copies."""
     inputs = iter(batches(models[0], loop.steps * loop.micro))
     for step in range(loop.steps):
         for model in models:
@@ -96,10 +96,11 @@ def play_alone(
     λ: float = 0.0,
     compress: Callable[[Tensor], Tensor] = lambda grad: grad,
 ) -> nn.Module:
-    """What the ranks compute, in one process without any communication: a copy for each, gradients averaged by hand.
+    """What the ranks compute, in one process without communication: a copy for each, gradients
+    averaged by hand.
 
     Args:
-        λ: of coupled decay that is added by hand at the end of the first backward pass of each parameter, after
+        λ: of coupled decay, added by hand at the end of each parameter's first backward pass, after
             averaging where that pass averages.
         compress: what a communication hook does to each rank's part of the average.
     """

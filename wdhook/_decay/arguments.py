@@ -157,7 +157,9 @@ def check_adopt(model: object, optimizer: Any) -> None:
                 "`optimizer` is not configured to decay anything, so there is nothing to adopt.",
                 "Use wdhook.attach(model, weight_decay)",
                 {
-                    "optimizer": f"{type(optimizer).__name__}, weight_decay 0 in {len(groups)} param groups"
+                    "optimizer": (
+                        f"{type(optimizer).__name__}, weight_decay 0 in {len(groups)} param groups"
+                    )
                 },
             )
         )
@@ -231,7 +233,8 @@ def check_lr(
     if at == "backward" and not optimizers and needs_group:
         raise LearningRateError(
             Problem(
-                f'mode={formula.name!r} with at="backward" needs a learning rate before any optimizer has stepped.',
+                f'mode={formula.name!r} with at="backward" needs a learning rate before any '
+                "optimizer has stepped.",
                 'Use attach(..., optimizer=optimizer), a number as `lr=`, or at="step"',
                 {"optimizer": None, "lr": repr(lr)},
             )
@@ -243,7 +246,8 @@ def _check_groups_have_lr(optimizer: Any) -> None:
         if isinstance(stepping, Optimizer) and _has_no_step(stepping):
             raise LearningRateError(
                 Problem(
-                    "The optimizer has no step(): it updates inside the backward pass, with a learning rate that it "
+                    "The optimizer has no step(): it updates inside the backward pass, with a "
+                    "learning rate that it "
                     "is given there, and not that of its param groups (as LOMO does).",
                     'Give it with `lr=`, a float or a function of the group, or use mode="coupled"',
                     {"optimizer": type(stepping).__name__},
@@ -272,8 +276,9 @@ def _check_unannounced(optimizer: Any, at: str, schedule: Schedule | None) -> No
     if schedule is not None:
         raise ArgumentError(
             Problem(
-                "`weight_decay` is a schedule, which goes on with each step, and torch does not announce the steps of "
-                "this optimizer: it is no torch.optim.Optimizer, has no step(), or its step was replaced.",
+                "`weight_decay` is a schedule, which goes on with each step, and torch does not "
+                "announce the steps of this optimizer: it is no torch.optim.Optimizer, has no "
+                "step(), or its step was replaced.",
                 "Attach with a number, and set handle.weight_decay = schedule(step) yourself",
                 {"optimizer": type(optimizer).__name__},
             )
@@ -281,7 +286,8 @@ def _check_unannounced(optimizer: Any, at: str, schedule: Schedule | None) -> No
     if at == "step":
         raise ArgumentError(
             Problem(
-                'at="step" needs the step() of torch.optim.Optimizer and its subclasses, whose hooks announce it; '
+                'at="step" needs the step() of torch.optim.Optimizer and its subclasses, whose '
+                "hooks announce it; "
                 "this optimizer has none, or another function in its place.",
                 'Use at="backward"',
                 {"optimizer": type(optimizer).__name__},

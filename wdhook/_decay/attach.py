@@ -218,7 +218,8 @@ def _mode_of(optimizer: Optimizer) -> Mode:
     if mode is None:
         raise ArgumentError(
             Problem(
-                "The formula of the optimizer's own decay is not known, so `mode` cannot be picked.",
+                "The formula of the optimizer's own decay is not known, so `mode` cannot be "
+                "picked.",
                 'Give mode="coupled" (L2, as in SGD) or mode="decoupled" (as in AdamW) or '
                 'mode="corrected" (as in timm\'s adamc)',
                 {"optimizer": type(optimizer).__name__},
@@ -236,12 +237,16 @@ def _check_owns_no_others(model: nn.Module, optimizer: Optimizer) -> None:
         if others and decays_itself(group):
             raise ArgumentError(
                 Problem(
-                    "`optimizer` decays parameters that are not of `model`, and adopting it would end that decay.",
-                    "Adopt for all that it trains: wdhook.adopt(torch.nn.ModuleList([a, b]), optimizer); or put the "
+                    "`optimizer` decays parameters that are not of `model`, and adopting it would "
+                    "end that decay.",
+                    "Adopt for all that it trains: "
+                    "wdhook.adopt(torch.nn.ModuleList([a, b]), optimizer); or put the "
                     "others in a param group with weight_decay=0",
                     {
                         "param_groups": f"[{index}], weight_decay {group['weight_decay']}",
-                        "not of the model": f"{len(others)} tensors, first {tuple(others[0].shape)}",
+                        "not of the model": (
+                            f"{len(others)} tensors, first {tuple(others[0].shape)}"
+                        ),
                     },
                 )
             )
@@ -259,7 +264,8 @@ def _check_free(engine: Engine, wanted: Plan) -> None:
             raise AlreadyAttachedError(
                 Problem(
                     "A parameter is decayed by another handle already.",
-                    "Call remove() on the first handle, or exempt the parameter in one of them with `overrides`",
+                    "Call remove() on the first handle, or exempt the parameter in one of them "
+                    "with `overrides`",
                     {
                         "parameter": mine[key],
                         "that handle": f"weight_decay={there.rate.weight_decay:g}, "

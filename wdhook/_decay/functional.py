@@ -138,7 +138,9 @@ def _rates(
                 "Construct the optimizer with weight_decay=0",
                 {
                     "parameter": decision.name,
-                    "optimizer": f"{type(optimizer).__name__}, weight_decay {group['weight_decay']}",
+                    "optimizer": (
+                        f"{type(optimizer).__name__}, weight_decay {group['weight_decay']}"
+                    ),
                 },
                 (decision.name,),
             )

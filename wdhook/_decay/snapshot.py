@@ -190,7 +190,8 @@ class Snapshot:
         return sums
 
     def __repr__(self) -> str:
-        return f"Snapshot(step={self.step}, weight_decay={self.weight_decay:g}, groups={list(self._numel)})"
+        groups = list(self._numel)
+        return f"Snapshot(step={self.step}, weight_decay={self.weight_decay:g}, groups={groups})"
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -189,7 +189,8 @@ def _decay(step: StepInProgress, evaluated: bool) -> None:
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     stack = _stack()
     if not any(step.optimizer is optimizer for step in stack):
-        return  # it made a state for torch.distributed.checkpoint, or had begun before any handle was attached
+        # It made a state for torch.distributed.checkpoint, or had begun before any handle was made.
+        return
     while stack[-1].optimizer is not optimizer:
         stack.pop().drop()
     _end(stack[-1])

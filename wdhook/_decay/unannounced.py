@@ -31,7 +31,7 @@ class Unannounced:
     def __init__(self, state: State, rules: Rules) -> None:
         self._state = state
         self._rules = rules
-        # Weak: an entry that outlives its parameter would be taken for that of a tensor with its id.
+        # Weak: an entry that outlives its parameter would be taken for one of a tensor with its id.
         self._asked: Callable[[], Named | None] = _nobody  # the first of the pass that runs
         self._who: Callable[[], Named | None] = _nobody
         self._head: Tensor | None = None

@@ -76,7 +76,7 @@ GRADIENT_COMES = {
     E.SEVERAL: A.REFUSE,
     E.UNKNOWN: A.REFUSE,
 }
-"""A hook has been called. The hook's own short cut and this table agree: tests/decay/test_window.py."""
+"""A hook has been called. The hook's own short cut agrees: tests/decay/test_window.py."""
 
 STEP_AFTER_HOOK = {
     E.UNPAID: A.PAY,
@@ -98,14 +98,16 @@ STEP_ALONE = {
     E.SEVERAL: A.PAY,
     E.UNKNOWN: A.REFUSE,
 }
-"""A step begins, and no hook has seen the gradients. Paid here means: by a step that raised or still runs."""
+"""A step begins, and no hook has seen the gradients. Paid means: by a step that raised or still
+runs."""
 
 
 SHRUNK_GRADIENT_COMES = dict.fromkeys(E, A.PAID) | {E.UNPAID: A.PAY, E.CARRIED: A.PAY}
 """A hook has been called; the decay lives in the parameter."""
 
 SHRUNK_UNANNOUNCED = SHRUNK_GRADIENT_COMES | {E.FRESH: A.PAY, E.CHANGED: A.ASK}
-"""As above, for an optimizer whose steps nobody announces: a fresh or zeroed gradient tells of one."""
+"""As above, for an optimizer whose steps nobody announces: a fresh or zeroed gradient tells of
+one."""
 
 
 class Window:
