@@ -459,5 +459,7 @@ def test_the_machine_can_fail(fault: str, monkeypatch: pytest.MonkeyPatch) -> No
         phases=[Phase.generate],
         report_multiple_bugs=False,
     )
-    with pytest.raises(AssertionError, match=r"is not|promised"):
+    # A refusal where the twin has none is seen too: the engine checks itself at the end of a step.
+    seen = (AssertionError, wdhook.WdhookError)
+    with pytest.raises(seen, match=r"is not|promised|no decay has reached"):
         run_state_machine_as_test(Machine, settings=found)
