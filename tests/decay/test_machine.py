@@ -28,7 +28,7 @@ from machine_twin import Twin
 from machine_world import Subject, World
 
 import wdhook
-from wdhook._decay import passes, rate, steps, tensors, window
+from wdhook._decay import passes, payment, rate, steps, tensors, window
 from wdhook._decay.rules import base as rules
 
 # A long run: WDHOOK_EXAMPLES=20000 python -m pytest tests/decay/test_machine.py -k mix
@@ -444,7 +444,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "scaled too weakly": (tensors, "loss_scale", lambda scaler, device: None),
     "schedules stand still": (rate.Rate, "advance", lambda self, clock: None),
     "silent": (rules.Rules, "tell", lambda self, rule, facts: None),
-    "nothing is marked": (window.Window, "pay", lambda self, grad: None),
+    "nothing is marked": (payment, "_mark", lambda due, receipt: None),
 }
 
 

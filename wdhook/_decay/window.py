@@ -134,12 +134,10 @@ class Window:
         self.version = 0  # of that gradient, when it was last looked at
         self.born = _NEVER  # the lowest version that a new gradient had
         self.local = 0  # the version of its local shard, if it is a DTensor
-        self.lost = (
-            -1
-        )  # the value of `clock.steps` when a paid buffer was given up, and may have been moved
-        self.doubted = (
-            -1
-        )  # the value of `clock.steps` when autograd added to a gradient that somebody put there
+        # The values of `clock.steps` when a paid buffer was given up, and may have been moved; and
+        # when autograd added to a gradient that somebody had put there.
+        self.lost = -1
+        self.doubted = -1
         self.blind = False  # zeroing may leave no version: a foreach kernel on a DTensor
         self.rows: Tensor | None = None  # sparse gradients: the rows that were decayed
 
@@ -174,7 +172,7 @@ class Window:
 
         Args:
             zeroed_in_place: the decay is gone for certain. A buffer that autograd replaced may
-            have been moved.
+                have been moved.
         """
         if not zeroed_in_place and self.paid:
             self.lost = self.clock.steps
@@ -220,9 +218,8 @@ class Window:
         """Tell a gradient that autograd has just made: nothing has changed it in place.
 
         Autograd adds in place to a gradient that somebody has put there. Versions of new gradients
-        start at 0, and
-        at 1 where torch.compile makes them. Sharded gradients (DTensor) are made by FSDP, and
-        sparse ones by additions out of place.
+        start at 0, and at 1 where torch.compile makes them. Sharded gradients (DTensor) are made by
+        FSDP, and sparse ones by additions out of place.
         """
         if type(grad) is not Tensor or grad.is_sparse:
             return True
