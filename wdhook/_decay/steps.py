@@ -119,7 +119,8 @@ class Part:
             if entry.stamp == clock.steps:
                 if not in_gradient:
                     continue
-                if entry.handle is not None and not entry.unknown and _holds(entry, grad):
+                is_known = entry.handle is not None and entry.doubted != clock.steps
+                if is_known and _holds(entry, grad):
                     entry.version = version(grad)  # the short cut of STEP_AFTER_HOOK
                     continue
             elif not in_gradient or not _holds(entry, grad):

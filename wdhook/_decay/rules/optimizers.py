@@ -201,14 +201,15 @@ def sign_has_turned(facts: Facts) -> Iterator[Problem]:
         group = facts.optimizer.param_groups[index]
         sign = -1.0 if maximizes(facts.optimizer, group) else 1.0
         for _, pairs in buckets:
-            turned = next((e for p, e in pairs if _has_turned(p, e, sign)), None)
+            suspects = [(p, e) for p, e in pairs if e.receipt.sign != sign]
+            turned = next((e for p, e in suspects if _holds_decay(p, e)), None)
             if turned is not None:
                 yield _turned(facts, turned, sign)
 
 
-def _has_turned(param: Tensor, entry: Entry, sign: float) -> bool:
-    """Tell a gradient with a decay of the opposite sign. Reads suspects alone."""
-    if entry.receipt.sign == sign or not entry.paid or param.grad is None:
+def _holds_decay(param: Tensor, entry: Entry) -> bool:
+    """Tell a gradient that holds the decay of its window. Reads the gradient."""
+    if not entry.paid or param.grad is None:
         return False
     return is_not_zero(param.grad)  # a zeroed gradient holds none
 
