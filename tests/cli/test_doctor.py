@@ -162,6 +162,24 @@ def test_nothing_is_found_where_nothing_is_wrong(
     )
 
 
+def test_what_works_is_said_as_the_handle_says_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nothing is wrong the text has the first line of ``print(decay)``, and else it has not."""
+    net, optimizer, step = healthy()
+    handle = wdhook.attach(net, 0.125, at="step")
+    module = types.ModuleType("its_training")
+    sys.modules["its_training"] = module
+    try:
+        for λ in (0.0, 0.5):
+            optimizer.param_groups[0]["weight_decay"] = λ
+            module.make = lambda: (net, optimizer, step)  # type: ignore[attr-defined]
+            assert cli.main(["doctor", "its_training:make"]) == (λ > 0)
+            text = " ".join(capsys.readouterr().out.split())
+            assert (handle.check().sentence in text) == (λ == 0)
+    finally:
+        del sys.modules["its_training"]
+        handle.remove()
+
+
 def test_nothing_stays_behind(doctor: Callable[..., Any]) -> None:
     """Hooks on parameters and on optimizers are gone, and the optimizer has the λ that it had."""
     made = healthy()

@@ -172,6 +172,9 @@ def _print(examination: Examination) -> None:
         settings = engine.state.config
         line = f"{by}: {engine.plan!r}, mode={settings.mode!r}, at={settings.at!r}"
         print(*paragraph(line, later="  "), sep="\n")
+    if all(finding.severity == "note" for finding in examination.findings):
+        for check in examination.checks:
+            print(*paragraph(check.sentence, later="  "), sep="\n")
     print()
     for finding in examination.findings:
         print(*_lines(finding), sep="\n", end="\n\n")

@@ -19,6 +19,7 @@ from .._base.errors import (
 )
 from .._base.problem import Problem
 from .._decay.engine import Engine
+from .._decay.handle import Check, checked
 from .._decay.optimizers import (
     announces_steps,
     check_supports_decoupled,
@@ -46,6 +47,7 @@ class Examination:
         names: of the model's parameters.
         engines: the handles that decay parameters of the model.
         was_attached: `make` has attached them.
+        checks: what each of them says of its decay after the training step.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Examination:
         self.seen = Seen()
         self.names = looks.Names(training.model)
         self.engines = self._engines()
+        self.checks: list[Check] = []
         self.was_attached = bool(self.engines)
         self._own = ExitStack()
         self._unannounced = [o for o in training.optimizers if not _announces(o)]
@@ -115,6 +118,7 @@ class Examination:
         before = [p.detach().clone() for p in unowned]
         with _without_own_decay(optimizers):
             self._train()
+        self.checks = [checked(engine) for engine in self.engines]
         moved = set()
         for param, old in zip(unowned, before, strict=True):
             if not torch.equal(param, old):

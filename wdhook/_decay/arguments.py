@@ -16,6 +16,7 @@ from .._base.validate import check_factor, is_number
 from .._plan.decide import plan
 from .._plan.overrides import Overrides
 from .._plan.plan import Plan
+from .._plan.recipes import Recipe
 from .._roles.places import named_parameters
 from ..schedules import Schedule
 from .formulas import FORMULAS, Formula, compose
@@ -169,7 +170,7 @@ def ready_plan(
     model: nn.Module,
     weight_decay: float | Plan,
     overrides: Overrides | None,
-    recipe: str | None,
+    recipe: Recipe | None,
     inputs: Any | None,
 ) -> Plan:
     """The plan that was given, or the one that is made of the arguments."""

@@ -14,6 +14,7 @@ from .._base.problem import Problem
 from .._plan.decide import decide, plan, require_eligible
 from .._plan.overrides import Overrides
 from .._plan.plan import Plan
+from .._plan.recipes import Recipe
 from ..schedules import Schedule
 from .arguments import (
     LowPrecision,
@@ -46,7 +47,7 @@ def attach(
     lr: LearningRate | None = None,
     scaler: Any | None = None,
     overrides: Overrides | None = None,
-    recipe: str | None = None,
+    recipe: Recipe | None = None,
     inputs: Any | None = None,
     foreach: bool | None = None,
     low_precision: LowPrecision | None = None,
@@ -152,7 +153,7 @@ def adopt(
     lr: LearningRate | None = None,
     scaler: Any | None = None,
     overrides: Overrides | None = None,
-    recipe: str | None = None,
+    recipe: Recipe | None = None,
     foreach: bool | None = None,
     low_precision: LowPrecision | None = None,
     cautious: bool = False,

@@ -18,6 +18,7 @@ from .._base.problem import Problem
 from .._plan.decide import plan, require_eligible
 from .._plan.decision import Decision
 from .._plan.overrides import Overrides
+from .._plan.recipes import Recipe
 from . import tensors
 from .entry import Due, Entry, Terms
 from .formulas import FORMULAS, Formula, How, Rates
@@ -37,7 +38,7 @@ def apply_weight_decay(
     lr: LearningRate | None = None,
     scaler: Any | None = None,
     overrides: Overrides | None = None,
-    recipe: str | None = None,
+    recipe: Recipe | None = None,
     foreach: bool | None = None,
 ) -> None:
     """Decay every eligible parameter that has a gradient, once, now; no hooks.
@@ -165,7 +166,7 @@ def l2_penalty(
     weight_decay: float,
     *,
     overrides: Overrides | None = None,
-    recipe: str | None = None,
+    recipe: Recipe | None = None,
 ) -> Tensor:
     """½·Σ λ·‖p‖² over the eligible parameters, as a differentiable 0-dim tensor.
 
@@ -208,7 +209,7 @@ def _eligible(
     modules: tuple[Any, ...],
     weight_decay: float,
     overrides: Overrides | None,
-    recipe: str | None,
+    recipe: Recipe | None,
 ) -> Chosen:
     found: dict[int, tuple[nn.Parameter, Decision]] = {}
     for module in modules:

@@ -20,6 +20,7 @@ from .arguments import audit_with, check_audit, check_sources, check_weight_deca
 from .decision import Decision
 from .overrides import Candidate, Overrides, apply_overrides
 from .plan import Plan
+from .recipes import Recipe, follow
 
 if TYPE_CHECKING:
     from .._audit.report import Audit
@@ -30,7 +31,7 @@ def plan(
     weight_decay: float,
     *,
     overrides: Overrides | None = None,
-    recipe: str | None = None,
+    recipe: Recipe | None = None,
     audit: Audit | None = None,
     inputs: Any | None = None,
 ) -> Plan:
@@ -75,7 +76,7 @@ def decide(
     model: nn.Module,
     weight_decay: float,
     overrides: Overrides | None,
-    recipe: str | None,
+    recipe: Recipe | None,
     strict: bool,
     audit: Audit | None = None,
 ) -> Plan:
@@ -102,7 +103,7 @@ def param_groups(
     weight_decay: float,
     *,
     overrides: Overrides | None = None,
-    recipe: str | None = None,
+    recipe: Recipe | None = None,
     audit: Audit | None = None,
     inputs: Any | None = None,
 ) -> list[dict[str, Any]]:
@@ -177,9 +178,7 @@ def _traced(verdict: Verdict, name: str, audit: Audit) -> Verdict:
     return Verdict(role, f"traced: {operation}")
 
 
-def _follow_recipe(model: nn.Module, recipe: str, weight_decay: float) -> dict[str, Decision]:
-    from .recipes import follow  # needed by few
-
+def _follow_recipe(model: nn.Module, recipe: Recipe, weight_decay: float) -> dict[str, Decision]:
     decisions = {}
     decided = follow(model, recipe)
     for name, decision in _follow_roles(model, weight_decay).items():

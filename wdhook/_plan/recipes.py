@@ -36,7 +36,7 @@ Rule = Callable[[nn.Module], Iterable[tuple[str, str | None]]]
 """Model → (parameter name, why it is exempt or None) for every parameter."""
 
 
-def follow(model: nn.Module, recipe: str) -> dict[str, tuple[bool, str]]:
+def follow(model: nn.Module, recipe: Recipe) -> dict[str, tuple[bool, str]]:
     """Parameter name → (decayed?, reason) by the rule of a known project.
 
     Torch's own wrappers are looked through, as the projects build their optimizer before they wrap.
