@@ -163,7 +163,7 @@ def test_nothing_is_found_where_nothing_is_wrong(
 
 
 def test_what_works_is_said_as_the_handle_says_it(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where nothing is wrong the text has the first line of ``print(decay)``, and else it has not."""
+    """The text has the first line of ``print(decay)`` only where nothing is wrong."""
     net, optimizer, step = healthy()
     handle = wdhook.attach(net, 0.125, at="step")
     module = types.ModuleType("its_training")
