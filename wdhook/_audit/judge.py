@@ -75,8 +75,8 @@ def _agrees(speaking: Sequence[Seen], static: Verdict, parameter: Tensor) -> boo
     use = speaking[0].use
     if use is Use.LOOKUP and _role(use, static.role, parameter) is Role.POSITION:
         return True  # no trace can tell positions that are looked up from words
-    # A plan is only overturned by operations that have one meaning.
-    return False if any(one.firm for one in speaking) else None
+    # A plan is only overturned by operations that have one meaning, unless it is a guess itself.
+    return False if static.guess or any(one.firm for one in speaking) else None
 
 
 def _role(use: Use, static: Role, parameter: Tensor) -> Role:

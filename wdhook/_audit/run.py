@@ -39,7 +39,9 @@ def audit(model: nn.Module, /, *args: Any, **kwargs: Any) -> Audit:
 
     Args:
         model: any module whose parameters are whole and initialized. On the meta device only
-            uses are told. *args: inputs of the model. **kwargs: inputs of the model by name.
+            uses are told.
+        *args: inputs of the model.
+        **kwargs: inputs of the model by name.
 
     Returns:
         One `Finding` for each name that ``model.named_parameters()`` gives, in its order.
@@ -51,11 +53,17 @@ def audit(model: nn.Module, /, *args: Any, **kwargs: Any) -> Audit:
         ArgumentError: the model has lazy, sharded or scripted parameters, or is no module.
 
     >>> import torch, wdhook
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8),
-    torch.nn.PReLU()) >>> audit = wdhook.audit(model, torch.randn(4, 3, 8, 8)) >>> for name,
-    finding in audit.items(): ...     print(f"{name:9} {finding.use:12} {finding.invariant}")
-    0.weight  contraction  True 0.bias    addition     None 1.weight  norm         False 1.bias
-    norm         False 2.weight  slope        False
+    >>> model = torch.nn.Sequential(
+    ...     torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.PReLU()
+    ... )
+    >>> audit = wdhook.audit(model, torch.randn(4, 3, 8, 8))
+    >>> for name, finding in audit.items():
+    ...     print(f"{name:9} {finding.use:12} {finding.invariant}")
+    0.weight  contraction  True
+    0.bias    addition     None
+    1.weight  norm         False
+    1.bias    norm         False
+    2.weight  slope        False
     """
     _check(model)
     with collector_paused():
