@@ -16,7 +16,7 @@ from wdhook.integrations._callback import Arguments, Attached
 
 def test_the_arguments_are_those_of_attach() -> None:
     """A callback takes what `attach` takes, less what its framework knows."""
-    known = {"model", "weight_decay", "inputs", "misplaced", "optimizer", "scaler"}
+    known = {"model", "weight_decay", "misplaced", "optimizer", "scaler"}
     assert (
         set(Arguments.__annotations__) == set(inspect.signature(wdhook.attach).parameters) - known
     )

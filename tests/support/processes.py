@@ -30,7 +30,7 @@ class Group:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
-    def __call__(self, function: Callable[..., T], *args: Any, timeout: float = 120) -> list[T]:
+    def __call__(self, function: Callable[..., T], *args: Any, timeout: float = 300) -> list[T]:
         """Run `function(*args)`, a function of a module, in every process.
 
         Returns:
@@ -120,7 +120,7 @@ def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
         init_method=f"file://{folder}/meet",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=100),
+        timeout=timedelta(seconds=280),
     )
     while True:
         try:

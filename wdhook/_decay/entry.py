@@ -87,7 +87,7 @@ class Terms:
         clock: counts the steps of their optimizer.
         place: the param group whose learning rate they have; None before an optimizer is known.
         owner: the param group that is stepped; another one than `place` where a wrapper's schedule
-        counts.
+            counts.
         own: an absolute λ; None where λ is the handle's.
         peak: the largest learning rate so far.
         device, dtype: of the parameters.

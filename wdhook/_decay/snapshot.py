@@ -137,7 +137,7 @@ class Snapshot:
             - ``norm``: ‖p‖, the L2 norm of its parameters;
             - ``grad_norm``: ‖g‖, of what the loss gave, without the decay; None without a gradient;
             - ``cos``: ⟨p, g⟩ / (‖p‖·‖g‖), 0 where the loss does not depend on the scale of p
-            (Euler's identity);
+              (Euler's identity);
             - ``share``: of decay. Coupled: ‖λ·p‖ / ‖g + λ·p‖. Otherwise: ‖lr·λ·p‖ over the norm of
               all that the next step changes; None before that step.
         """
