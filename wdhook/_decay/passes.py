@@ -102,12 +102,12 @@ class Sentinel:
         self.unannounced.remember(self, param)
         self.state.seen.add(self.name)
         if graph_task_id() >= 0 and not in_compiled_autograd():
-            at_the_end_of_the_pass(lambda: self.look_again(param))
+            at_the_end_of_the_pass(partial(self.look_again, param))
 
     @never_compiled
     def look_again(self, param: Tensor) -> None:
-        """Note that the gradient is gone at the end of the pass that has made it."""
-        if param.grad is None:
+        """Note that the gradient is gone at the end of the pass, and no step has taken it."""
+        if param.grad is None and not self.state.announced:
             self.state.taken.add(self.name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 from torch import Tensor
 
@@ -63,7 +64,8 @@ class GradientsVanish:
         self._steps += 1
         if not lost_in_pass and self._steps < 2:
             return  # a trial pass, zeroed since
-        if _will_step_it(gone[0].param, announced_too=bool(state.steps) or not lost_in_pass):
+        announced_too = bool(state.steps) or not lost_in_pass
+        if _will_step_it(facts, gone[0].param, announced_too):
             return  # an optimizer that comes in its turn, or has stepped inside the backward pass
         yield Problem(
             "A decayed parameter got gradients in the backward pass and lost them (an engine keeps "
@@ -86,9 +88,11 @@ def _is_stepped_elsewhere(param: Tensor, held: list[Tensor]) -> bool:
     return engine_of(param) is not None and not any(is_slice(tensor, param) for tensor in held)
 
 
-def _will_step_it(param: Tensor, announced_too: bool) -> bool:
+def _will_step_it(facts: Facts, param: Tensor, announced_too: bool) -> bool:
     """Some optimizer owns the parameter and may step it; one that torch announces, if asked."""
-    for optimizer in living_optimizers():
+    known = facts.state.optimizers
+    # Known ones first: the others are found by a walk through all objects of the process.
+    for optimizer in chain(known.given(), known.met(), living_optimizers()):
         if id(param) in owned_ids([optimizer]) and (
             announced_too or not announces_steps(optimizer)
         ):
