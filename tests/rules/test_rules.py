@@ -687,3 +687,20 @@ def test_a_state_of_another_mode() -> None:
         with pytest.raises(wdhook.ArgumentError, match="finite and not negative"):
             decoupled.weight_decay = -1.0
         assert decoupled.weight_decay == 0.1
+
+
+def test_a_warning_names_the_line_of_the_user() -> None:
+    """At a step and in a backward pass: no line of wdhook or torch, in which nobody can change a
+    thing."""
+    model = plain()
+    optimizer = AdamW(model.parameters(), lr=0.1, weight_decay=0)
+    with wdhook.attach(model, 0.1):
+        loss_of(model, batches(model, 1)[0]).backward()
+        with pytest.warns(wdhook.WdhookWarning, match="decoupled") as at_step:
+            optimizer.step()
+    with wdhook.attach(model, 0.1, mode="decoupled", optimizer=optimizer):
+        optimizer.zero_grad()
+        loss_of(model, batches(model, 1)[0]).backward()
+        with pytest.warns(wdhook.WdhookWarning, match="second gradient|micro-batch") as in_pass:
+            loss_of(model, batches(model, 1)[0]).backward()
+    assert {w.filename for w in [*at_step, *in_pass]} == {__file__}

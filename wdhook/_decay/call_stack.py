@@ -2,22 +2,29 @@
 state.
 
 A step that raised leaves no word behind, a scaler leaves no trace on an optimizer that it has
-un-scaled, and
-torch.distributed.checkpoint steps optimizers to make their state. The call stack is the only
-witness.
+un-scaled, and torch.distributed.checkpoint steps optimizers to make their state. The call stack is
+the only witness.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
 
 from .._base.torch_private import OPTIMIZER_FILE, STATE_MAKERS
+
+# Folders whose lines are no place in a user's program.
+_INSIDE = (
+    str(Path(__file__).parents[1]) + os.sep,
+    str(Path(torch.__file__).parent) + os.sep,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,15 @@ def look() -> Running:
     if scaler is not None and not scaler.is_enabled():
         scaler = None
     return Running(steps, scaler, makes_state)
+
+
+def level_of_user() -> int:
+    """Return the ``stacklevel`` at which `warnings.warn`, called by the caller, names the first
+    line outside of wdhook and torch; 1 where there is none, as in a thread of autograd."""
+    for level, (code, _) in enumerate(_callers(), start=1):
+        if not code.co_filename.startswith(_INSIDE):
+            return level
+    return 1
 
 
 def _callers() -> Iterator[tuple[CodeType, FrameType]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..._base.errors import WdhookError, WdhookWarning
 from ..._base.problem import Problem
-from ..call_stack import Running
+from ..call_stack import Running, level_of_user
 from ..entry import Entry
 from ..ownership import View
 from ..state import State
@@ -157,7 +157,7 @@ class Rules:
             raise rule.says(problem, rule.id)
         if rule.id not in self._warned:
             self._warned.add(rule.id)
-            warnings.warn(rule.says(problem, rule.id), stacklevel=4)
+            warnings.warn(rule.says(problem, rule.id), stacklevel=level_of_user())
 
 
 def _is_due(rule: Rule, facts: Facts) -> bool:
