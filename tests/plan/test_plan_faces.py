@@ -74,11 +74,11 @@ def test_the_table_offers_example_inputs() -> None:
     """Where guesses are left the first line says how to settle them, and where none are it
     does not.
     """
-    assert "2 guesses: pass example inputs to settle them" in str(wdhook.plan(Net(), 0.5))
+    assert "2 guesses: an audit or inputs= settles them" in str(wdhook.plan(Net(), 0.5))
     assert "guess" not in str(wdhook.plan(Net(), 0.5, inputs=X)).splitlines()[0]
     assert "guess" not in str(wdhook.plan(nn.Linear(2, 2), 0.5))
     lone = wdhook.plan(Net(), 0.5, overrides={"mixer": 0.0})
-    assert "1 guess: pass example inputs to settle it" in str(lone)
+    assert "1 guess: an audit or inputs= settles it" in str(lone)
 
 
 def test_frozen_parameters_are_not_counted_as_decayed() -> None:

@@ -71,7 +71,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         "--depth",
         type=_depth,
         metavar="N",
-        help="show a row for each module at this depth: 1 is model.layer4, 2 is model.layer4.0",
+        help="show a row for each module at this depth: 1 is layer4, 2 is layer4.0",
     )
     parser.add_argument(
         "--only",

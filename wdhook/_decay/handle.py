@@ -84,7 +84,7 @@ class Check:
     def _amounts(self) -> str:
         counts: dict[str, int] = {}
         for amount in self.decayed.values():
-            text = f"{amount:g}·p"
+            text = f"{self._short(amount)}·p"
             counts[text] = counts.get(text, 0) + 1
         where = "added to the gradient" if self.in_gradient else "subtracted from the parameter"
         if len(counts) == 1:
@@ -92,7 +92,11 @@ class Check:
         if len(counts) <= 3:
             return f"{where}: " + ", ".join(f"{text} ({n})" for text, n in counts.items())
         low, high = min(self.decayed.values()), max(self.decayed.values())
-        return f"{where}: {low:g}·p to {high:g}·p"
+        return f"{where}: {self._short(low)}·p to {self._short(high)}·p"
+
+    def _short(self, amount: float) -> str:
+        """λ in full; three digits of a product of λ with learning rates."""
+        return f"{amount:g}" if self.in_gradient else f"{amount:.3g}"
 
     def __str__(self) -> str:
         lines = [self.sentence]

@@ -131,18 +131,19 @@ def _nothing_matches(label: str, selector: Any, candidates: Sequence[Candidate])
     shown = names
     if len(names) > 30:
         shown = [*names[:15], f"... {len(names) - 30} more ...", *names[-15:]]
-    lines = [
-        "A selector in `overrides` matches nothing.",
-        f"  selector: {label}",
+    lines = ["A selector in `overrides` matches nothing.", f"  selector: {label}"]
+    globs = {f"{name.rpartition('.')[0]}.*" for name in names if "." in name}
+    known = [*names, *roles, *sorted(globs)]
+    near = get_close_matches(selector, known, 3) if isinstance(selector, str) else []
+    if near:
+        lines.append(f"  Did you mean {' or '.join(map(repr, near))}?")
+    lines += [
         f"  roles there are: {', '.join(roles)}",
         f"  classes there are: {', '.join(classes)}",
         f"  names there are: {', '.join(shown)}",
     ]
-    near = get_close_matches(selector, [*names, *roles], 3) if isinstance(selector, str) else []
-    if near:
-        lines.append(f"  Did you mean {' or '.join(map(repr, near))}?")
     if isinstance(selector, nn.Module):
         lines.append("  The module is no part of this model, or holds no parameter")
     else:
-        lines.append("  A glob must match the whole name: write '*.bias', not 'bias.'")
+        lines.append("  A glob must match the whole name: write 'head.*', not 'head'")
     return "\n".join(lines)

@@ -85,7 +85,7 @@ def _about_guesses(guesses: int, decisions: Sequence[Decision]) -> str:
     count, them = (f"{guesses} guesses", "them") if guesses > 1 else ("1 guess", "it")
     if any(d.reason.startswith("traced: ") for d in decisions):
         return f"{count} that the example inputs do not settle"
-    return f"{count}: pass example inputs to settle {them}"
+    return f"{count}: an audit or inputs= settles {them}"
 
 
 def plan_rows(decisions: Sequence[Decision]) -> list[Row]:
