@@ -233,6 +233,8 @@ def test_a_selector_that_matches_nothing_names_near_ones() -> None:
     """Did you mean: by names and by roles."""
     with pytest.raises(wdhook.SelectorError, match=r"Did you mean '0\.weight'"):
         wdhook.plan(nn.Sequential(nn.Linear(2, 2)), 0.5, overrides={"0.wieght": 0.0})
+    with pytest.raises(wdhook.SelectorError, match=r"Did you mean 'head\.\*'"):
+        wdhook.plan(nn.ModuleDict({"head": nn.Linear(2, 2)}), 0.1, overrides={"haed.*": 0.0})
 
 
 # ------------------------------------------------------------------------------------------- slips
