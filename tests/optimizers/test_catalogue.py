@@ -44,8 +44,13 @@ def test_every_mode_is_exact_or_loud(name: str) -> None:
 
 @EVERY
 def test_coupled_in_the_backward_is_never_refused(name: str) -> None:
-    """The decay travels in the gradient: whatever reads gradients is decayed."""
-    assert not failing(name, lambda case: not verdict(case).modes[0].startswith("refused"))
+    """The decay travels in the gradient: whatever reads gradients is decayed.
+
+    PCGrad alone collects gradients of several passes and puts its own in their place: nobody can
+    tell how much decay that one holds.
+    """
+    refused = failing(name, lambda case: not verdict(case).modes[0].startswith("refused"))
+    assert refused == (["pytorch_optimizer: PCGrad"] if name == "pytorch_optimizer" else [])
 
 
 @EVERY

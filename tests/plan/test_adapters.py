@@ -152,6 +152,7 @@ def test_exemptions_under_peft(at: str) -> None:
         assert λs["score.modules_to_save.default.weight"] == 0.25
         assert λs["q.lora_A.default.weight"] == λs["v.lora_B.default.weight"] == λ
         merged = model.merge_and_unload().requires_grad_(True)
+        merged.zero_grad()
         before = merged.q.weight.detach().clone()
         merged.q.weight.grad = torch.zeros_like(before)
         SGD(merged.parameters(), lr=LR).step()

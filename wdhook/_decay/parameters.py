@@ -133,6 +133,7 @@ class Parameters:
         this call."""
         found = list(self.walk())
         result: dict[int, Known] = {}
+        renamed: dict[str, Known] = {}  # by the names before
         strangers = []
         for one in found:
             known = self._known.get(id(one.param))
@@ -140,12 +141,14 @@ class Parameters:
                 if not known.is_place(one):
                     known.settle(one)
                 result[id(one.param)] = known
+                if former_name(one.name) != one.name:
+                    renamed[former_name(one.name)] = known
             else:
                 strangers.append(one)
         if strangers:
             for one in strangers:
                 self._entries.pop(id(one.param), None)  # of a tensor that had this id before
-            result |= self._decide(strangers, set(map(id, result.values())))
+            result |= self._decide(strangers, set(map(id, result.values())), renamed)
             self._known |= result
         return result
 
@@ -158,21 +161,26 @@ class Parameters:
         entry = self._entries.get(id(param))
         return entry is not None and entry.handle is not None and has_hook(param, entry.handle)
 
-    def _decide(self, strangers: list[Found], taken: set[int]) -> dict[int, Known]:
+    def _decide(
+        self, strangers: list[Found], taken: set[int], renamed: dict[str, Known]
+    ) -> dict[int, Known]:
         """Decisions on tensors that were not recognised by themselves.
 
         Args:
             strangers: those tensors.
             taken: ids of what is known of the tensors that were recognised.
+            renamed: what is known of those with another name now, by the former one. Beside them
+                may be a copy, as peft makes one of a module that is to be saved.
         """
         model = self._model_ref.model()
         paths = {path: module for path, module, _ in walk(model)}
         gone = [known for known in self._known.values() if id(known) not in taken]
         places = {(id(module), k.local): k for k in gone if (module := k.module()) is not None}
         names = {known.decision.name: known for known in gone}
-        undone = {former_name(name): known for name, known in names.items()}
+        undone = renamed | {former_name(name): known for name, known in names.items()}
         newer: Plan | None = None
-        heirs: set[int] = set()  # ids of progress that one tensor has inherited
+        # Ids of progress that a tensor has, or has inherited.
+        heirs = {id(known.progress) for known in renamed.values()}
         result: dict[int, Known] = {}
         for one in strangers:
             before = places.get((id(one.module), one.local)) or names.get(one.name)
