@@ -454,7 +454,7 @@ def test_the_machine_can_fail(fault: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(*FAULTS[fault])
     found = settings(
         PROFILE,
-        max_examples=300,
+        max_examples=2000,
         derandomize=True,
         phases=[Phase.generate],
         report_multiple_bugs=False,
