@@ -14,6 +14,7 @@ from twins import assert_bit_equal, batches, loss_of, perceptron, weights
 
 import wdhook
 from wdhook._decay import step_listener as _listener
+from wdhook._decay.parameters import Parameters
 
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 MODEL = perceptron()
@@ -704,3 +705,38 @@ def test_a_warning_names_the_line_of_the_user() -> None:
         with pytest.warns(wdhook.WdhookWarning, match="second gradient|micro-batch") as in_pass:
             loss_of(model, batches(model, 1)[0]).backward()
     assert {w.filename for w in [*at_step, *in_pass]} == {__file__}
+
+
+@pytest.mark.parametrize("at", ["backward", "step"])
+@pytest.mark.parametrize("whose", ["ours", "an exempt parameter", "another model"])
+def test_a_settled_step_does_not_walk_the_model(
+    whose: str, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step whose optimizer is known costs nothing for each parameter of the model: not where
+    optimizers of single parameters step in hooks, nor for the optimizers of other models."""
+    model = plain()
+    stepped = {
+        "ours": list(model.parameters()),
+        "an exempt parameter": [next(p for p in model.parameters() if p.ndim == 1)],
+        "another model": [nn.Parameter(torch.ones(2))],
+    }[whose]
+    optimizer, own = SGD(stepped, lr=0.1), SGD(model.parameters(), lr=0.1)
+    walks: list[Parameters] = []
+    walk = Parameters.walk
+
+    def counted(parameters: Parameters) -> Any:
+        walks.append(parameters)
+        return walk(parameters)
+
+    with wdhook.attach(model, 0.1, at=at, optimizer=own):
+        for step in range(6):
+            if step == 5:
+                monkeypatch.setattr(Parameters, "walk", counted)
+            for param in stepped:
+                param.grad = torch.full_like(param, 0.5)
+            optimizer.step()
+        assert not walks
+        model.zero_grad()
+        own.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+        own.step()
+        assert walks  # the count can fail: a group that is new is looked for in the model

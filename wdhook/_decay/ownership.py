@@ -138,6 +138,10 @@ class Optimizers:
         has stepped."""
         return [o for o, view in list(self._views.items()) if view.owns_any()]
 
+    def has_met(self) -> bool:
+        """There is such an optimizer. Asked at each step, so it ends with the first."""
+        return any(view.owns_any() for view in self._views.values())
+
     def views(self) -> list[View]:
         """The views of all optimizers that were met."""
         return list(self._views.values())
@@ -157,6 +161,11 @@ class Optimizers:
         params = list(islice(chain.from_iterable(g["params"] for g in optimizer.param_groups), 2))
         if len(params) != 1 or self._parameters.entry(params[0]) is not None:
             return optimizer
+        if params[0] in self._views:
+            return params[0]
+        view = self._views.get(optimizer)
+        if view is not None and view.is_current(optimizer):
+            return optimizer  # as when it was met: no walk through the model at each step
         if next(inner_optimizers(optimizer), None) is not None:
             return optimizer  # a wrapper shows the groups of the optimizer inside
         if any(params[0] is one.stepped for _, one in self._stand_ins() if one.numel is not None):

@@ -52,9 +52,9 @@ class GradientsVanish:
     def __call__(self, facts: Facts) -> Iterator[Problem]:
         """Look at parameters that got a gradient since the last step."""
         state = facts.state
-        if not is_of_others(facts):
-            return
         names = state.taken | state.seen
+        if not names or not is_of_others(facts):
+            return
         held = [p for group in facts.optimizer.param_groups for p in group["params"]]
         gone = [f for f in state.parameters.walk() if f.name in names and f.param.grad is None]
         gone = [f for f in gone if not _is_stepped_elsewhere(f.param, held)]

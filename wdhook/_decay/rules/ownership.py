@@ -74,18 +74,18 @@ class StepsCopies:
 
     def __call__(self, facts: Facts) -> Iterator[Problem]:
         """Look at a foreign optimizer, while no optimizer of the model is known."""
-        if not is_of_others(facts) or facts.state.optimizers.met():
+        if not is_of_others(facts) or facts.state.optimizers.has_met():
+            return
+        given = facts.state.optimizers.was_given(facts.optimizer)
+        if not given and (_travels(facts.state) or id(facts.optimizer) in self._cleared):
             return
         if any(engine_of(param) is not None for _, param in decayed(facts)):
             return  # what an engine steps is followed, or refused by another rule
-        if facts.state.optimizers.was_given(facts.optimizer):
-            yield from _given_beside(facts)
-        elif not _travels(facts.state):
-            yield from self._look_at_content(facts)
+        yield from _given_beside(facts) if given else self._look_at_content(facts)
 
     def _look_at_content(self, facts: Facts) -> Iterator[Problem]:
         waiting = next(_waiting(facts), None)
-        if waiting is None or id(facts.optimizer) in self._cleared:
+        if waiting is None:
             return
         name, param = waiting
         if _copies(facts.optimizer, param) and not _is_owned_elsewhere(param):

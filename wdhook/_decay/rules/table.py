@@ -264,6 +264,7 @@ RULES = (
             "Muon)"
         ),
         answer='names `at="step"`; comes at `attach` where the engine is known by then',
+        on_change=True,
     ),
     Rule(
         "master-weights",
