@@ -199,7 +199,7 @@ def l2_penalty(
 
 def _half_square(param: Tensor, weight_decay: float) -> Tensor:
     real = torch.view_as_real(param) if param.is_complex() else param
-    if real.dtype in (torch.float16, torch.bfloat16):
+    if tensors.is_low(real.dtype):
         real = real.float()
     # λ/2 and 2·p are exact, so the gradient (λ/2)·(2·p) is rounded once, as λ·p is.
     return (weight_decay / 2) * real.square().sum()

@@ -133,11 +133,8 @@ def checked(engine: Engine) -> Check:
         known = decided.get(id(found.param))
         if known is None or not known.decision.eligible:
             continue
-        entry = state.parameters.entry(found.param)  # at "step" there is none before the first one
-        λ = state.rate.weight_decay if known.decision.follows else known.decision.weight_decay
-        if entry is not None:
-            λ = entry.weight_decay
-        if not λ:
+        entry = state.parameters.entry(found.param)
+        if not state.rate.weight_decay_of(known.decision, entry):
             continue
         if not found.param.requires_grad:
             check.frozen.append(found.name)

@@ -102,6 +102,10 @@ class View:
         """The optimizer owns a decayed parameter."""
         return any(self.buckets)
 
+    def some_paid(self) -> bool:
+        """The decay of some parameter has been paid since the last step."""
+        return any(entry.paid for _, entry in self.pairs())
+
     def borrow_gradients(self) -> None:
         """Let parts of flat tensors have their parts of the gradients that are there now."""
         for loan in self.loans:

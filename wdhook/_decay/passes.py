@@ -127,7 +127,6 @@ class Passes:
         self._witness = Witness(state, rules)
         self._sentinels: list[Sentinel] = []
         self._steps_in_hooks: bool | None = None  # once looked for
-        self._first: tuple[Tensor, int] | None = None  # in the pass, with its version
         self.notes: dict[int, list[Note]] = {}
         self.others = True
         self.unannounced = Unannounced(state, rules)
@@ -169,10 +168,9 @@ class Passes:
         self.others = not is_distributed()
         if task < 0 or in_compiled_autograd() or self._is_stepped_in_hooks():
             return _AtOnce(self)
-        self._first = param, version(param)
         notes = self.notes.setdefault(task, [])
         first = param, hook, hook.clock, hook.clock.steps
-        at_the_end_of_the_pass(partial(self.end, task, first))
+        at_the_end_of_the_pass(partial(self.end, task, first, version(param)))
         return notes
 
     def _is_stepped_in_hooks(self) -> bool:
@@ -231,22 +229,22 @@ class Passes:
     # ---------------------------------------------------------------- payment
 
     @never_compiled
-    def end(self, task: int, first: Note) -> None:
+    def end(self, task: int, first: Note, seen: int) -> None:
         """Pay for what a pass has noted.
 
         Args:
             task: the pass.
             first: what its first hook has noted, which may have been paid for at once.
+            seen: version of that parameter then.
         """
-        notes = self.notes.pop(task, None)
-        known, self._first = self._first, None
+        notes = self.notes.pop(task, [])
+        param, hook, clock, steps = first
+        waits = bool(notes) and notes[0][1] is hook
+        if waits and _is_now(hook, clock, steps) and version(param) != seen:
+            self._tell("moved-in-the-pass", hook)
         if notes:
-            param, hook, clock, steps = notes[0]
-            same = known is not None and known[0] is param and _is_now(hook, clock, steps)
-            if same and known is not None and version(param) != known[1]:
-                self._tell("moved-in-the-pass", hook)
             self.pay(notes)
-        if not notes or notes[0][1] is not first[1]:
+        if not waits:
             self._look_for_takers(first)
 
     def _look_for_takers(self, first: Note) -> None:
@@ -293,9 +291,7 @@ class Passes:
             due = dues.get(hook.terms)
             if due is None:
                 due = dues[hook.terms] = Due(hook.terms)
-            due.params.append(param)
-            due.grads.append(grad)
-            due.entries.append(hook)
+            due.add(param, grad, hook)
         if dues and not state.pauses:
             pay(state, self._payable(dues), self._how)
         if not state.announced:

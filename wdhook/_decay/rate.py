@@ -13,6 +13,7 @@ from torch import Tensor
 from .._base.errors import LearningRateError
 from .._base.problem import Problem
 from .._base.validate import check_factor, is_number
+from .._plan.decision import Decision
 from ..schedules import Schedule
 from .entry import Entry, Peak, Progress, Terms
 from .formulas import Formula, Rates
@@ -52,6 +53,12 @@ class Rate:
         self.weight_decay = weight_decay
         for clock in self._clocks:
             clock.weight_decay = weight_decay
+
+    def weight_decay_of(self, decision: Decision, entry: Entry | None) -> float:
+        """λ of a parameter now; at "step" it has no entry before the first one."""
+        if entry is not None:
+            return entry.weight_decay
+        return self.weight_decay if decision.follows else decision.weight_decay
 
     def close_windows(self) -> None:
         """A step was taken that nobody announced: every window ends."""

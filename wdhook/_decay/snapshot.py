@@ -15,6 +15,7 @@ from .._base.errors import ArgumentError
 from .._base.torch_private import version
 from .._base.validate import is_number
 from .._plan.decision import Decision
+from . import tensors
 from .engine import Engine
 from .entry import Entry
 from .ownership import View
@@ -63,10 +64,8 @@ class Snapshot:
             engine.watchers.add(self)
 
     def _look(self, state: State, param: Tensor, key: str, decision: Decision) -> None:
-        entry = state.parameters.entry(param)  # at "step" there is none before the first one
-        λ = state.rate.weight_decay if decision.follows else decision.weight_decay
-        if entry is not None:
-            λ = entry.weight_decay
+        entry = state.parameters.entry(param)
+        λ = state.rate.weight_decay_of(decision, entry)
         decayed = bool(λ) and param.requires_grad
         self._numel[key] = self._numel.get(key, 0) + param.numel()
         self._decayed[key] = self._decayed.get(key, False) or decayed
@@ -216,7 +215,7 @@ def _added(entry: Entry, grad: Tensor, state: State) -> float | None:
     """
     if not state.config.in_gradient or entry.buffer is None:
         return 0.0
-    if entry.buffer() is not grad:
+    if not entry.holds(grad):
         return None if entry.paid else 0.0
     whole = entry.paid and not entry.unknown and version(grad) == entry.version
     number = entry.receipt.number
@@ -237,10 +236,8 @@ def _has_numbers(param: Tensor) -> bool:
 
 def _local(tensor: Tensor) -> Tensor:
     """What this rank holds, dense and real."""
-    here: Tensor = tensor.detach()
-    here = here.to_local() if hasattr(here, "to_local") else here
-    here = here.to_dense() if here.layout is not torch.strided else here
-    return torch.view_as_real(here) if here.is_complex() else here
+    dense = tensor if tensor.layout is torch.strided else tensor.detach().to_dense()
+    return tensors.local(dense)
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from operator import is_
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -120,10 +118,10 @@ class Part:
                 if not in_gradient:
                     continue
                 is_known = entry.handle is not None and entry.doubted != clock.steps
-                if is_known and _holds(entry, grad):
+                if is_known and entry.holds(grad):
                     entry.version = version(grad)  # the short cut of STEP_AFTER_HOOK
                     continue
-            elif not in_gradient or not _holds(entry, grad):
+            elif not in_gradient or not entry.holds(grad):
                 due.add(param, grad, entry)  # the short cut of UNPAID
                 continue
             if self._is_due(entry, grad, nested):
@@ -166,12 +164,9 @@ class Part:
         """A CUDA gradient changed since the last step, and no hook was called: a graph may replay
         the backward."""
         hooked = entry.handle is not None
-        if hooked and may_be_replayed(grad) and _holds(entry, grad) and not self._some_paid():
+        if hooked and may_be_replayed(grad) and entry.holds(grad) and not self.view.some_paid():
             self.engine.state.captured = True
             self._tell("replayed-backward", entry)
-
-    def _some_paid(self) -> bool:
-        return any(entry.paid for _, entry in self.view.pairs())
 
     def _tell(self, rule: str, entry: Entry) -> None:
         facts = Facts(self.engine.state, self.optimizer, self.view, entry=entry)
@@ -295,7 +290,3 @@ def may_be_replayed(grad: Tensor) -> bool:
     """A CUDA graph may write a new gradient into the buffer, which leaves no trace in its
     version."""
     return grad.is_cuda
-
-
-def _holds(entry: Entry, grad: Tensor) -> bool:
-    return entry.buffer is not None and is_(entry.buffer(), grad)

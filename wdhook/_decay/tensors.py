@@ -148,7 +148,7 @@ def use_foreach(asked: bool | None, params: list[Tensor]) -> bool:
 def _foreach_rounds(param: Tensor) -> bool:
     """Whether foreach kernels round a Python number to the precision of the tensor first, as those
     of the CPU do."""
-    return param.is_cpu and param.dtype in (torch.float16, torch.bfloat16)
+    return param.is_cpu and is_low(param.dtype)
 
 
 def is_writable(grad: Tensor) -> bool:
@@ -205,7 +205,7 @@ def mul_rows_(grad: Tensor, param: Tensor, by: Number, seen: Tensor | None) -> T
 
 
 def local(param: Tensor) -> Tensor:
-    """The values of a parameter that this rank holds; a complex number as two."""
+    """The values of a parameter that this rank holds, without a graph; a complex number as two."""
     here: Tensor = param.detach()
     here = here.to_local() if hasattr(here, "to_local") else here
     return torch.view_as_real(here) if here.is_complex() else here

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._base.torch_private import version
+from . import tensors
 from .rules.base import Facts, Rules
 from .state import State
 
@@ -80,8 +81,7 @@ def _nobody() -> None:
 
 
 def _head(param: Tensor) -> Tensor:
-    local: Tensor = param.to_local() if hasattr(param, "to_local") else param
-    return local.detach().flatten()[:_ELEMENTS]
+    return tensors.local(param).flatten()[:_ELEMENTS]
 
 
 _ELEMENTS = 64  # to compare: enough to see a step, cheap for any parameter

@@ -156,13 +156,17 @@ class Window:
         self.stamp = self.clock.steps
         self.look(grad)
 
+    def holds(self, grad: Tensor) -> bool:
+        """The last payment was made into this very gradient."""
+        return self.buffer is not None and self.buffer() is grad
+
     def doubt(self) -> None:
         """Note that nobody can tell how often the gradient holds the decay of this window."""
         self.doubted = self.clock.steps
 
     def look(self, grad: Tensor) -> None:
         """Note the gradient and its version, so that later changes can be told."""
-        if self.buffer is None or self.buffer() is not grad:
+        if not self.holds(grad):
             self.buffer = weakref.ref(grad)
         self.version = version(grad)
         self.local = local_version(grad)
@@ -204,7 +208,7 @@ class Window:
         """
         if not self.paid:
             return E.UNPAID
-        if self.buffer is not None and self.buffer() is grad:
+        if self.holds(grad):
             return self._of_same(grad)
         if in_buckets and is_view(grad):
             return E.CHANGED
@@ -238,7 +242,7 @@ class Window:
 
     def when_step_begins(self, grad: Tensor, in_buckets: bool = False) -> Evidence:
         """Evidence as a step begins, for decay that lives in gradients; arguments as above."""
-        same = self.buffer is not None and self.buffer() is grad
+        same = self.holds(grad)
         unchanged = same and self.version == version(grad)
         if not self.paid:
             return E.CARRIED if unchanged else E.UNPAID
@@ -256,7 +260,7 @@ class Window:
             return False
         if is_view(grad):
             return True
-        same = self.buffer is not None and self.buffer() is grad
+        same = self.holds(grad)
         return same and (self.blind or version(grad) != self.version)
 
 

@@ -71,7 +71,9 @@ class Witness:
         """Compiled code may change a gradient more than once; none was zeroed where one is in
         place."""
         for param, entry in pairs_of(self._state):
-            if entry is not asking and entry.paid and _is_in_place(entry, param.grad):
+            if entry is asking or not entry.paid or param.grad is None:
+                continue
+            if entry.holds(param.grad):
                 self._zeroed[entry] = False
 
     def _changed(self) -> Iterator[tuple[Tensor, Entry, Tensor]]:
@@ -104,10 +106,6 @@ def is_distributed() -> bool:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     return torch.distributed.get_world_size() > 1
-
-
-def _is_in_place(entry: Entry, grad: Tensor | None) -> bool:
-    return entry.buffer is not None and entry.buffer() is grad is not None
 
 
 def _kinship(one: Entry, other: Entry) -> tuple[bool, int]:

@@ -13,7 +13,6 @@ from ..._base.validate import is_number
 from .. import tensors
 from ..entry import Terms
 from ..optimizers import LearningRate, largest_known_rate
-from ..ownership import View
 from .base import Facts
 
 
@@ -21,7 +20,7 @@ def scaler_was_not_given(facts: Facts) -> Iterator[Problem]:
     """Find a step by a GradScaler that `attach` was not given."""
     if facts.state.config.scaler is not None or facts.running.scaler is None:
         return
-    if _some_paid(facts.owned):
+    if facts.owned.some_paid():  # none is where a checkpoint steps to make a state
         yield Problem(
             "The loss is scaled by a GradScaler that `attach` was not given: the decay in the "
             "gradients is too weak by the factor of the scale (65536 at first).",
@@ -52,7 +51,7 @@ def scaler_does_not_step(facts: Facts) -> Iterator[Problem]:
     is_torchs = getattr(type(given), "step", None) is torch.amp.GradScaler.step
     if given is None or not is_torchs or not given.is_enabled():
         return
-    if facts.running.scaler is not given and _some_paid(facts.owned):
+    if facts.running.scaler is not given and facts.owned.some_paid():
         yield Problem(
             "The GradScaler that `attach` was given does not step the optimizer. If it did not "
             "scale the loss, the decay in the gradients is wrong by the factor of its scale.",
@@ -60,11 +59,6 @@ def scaler_does_not_step(facts: Facts) -> Iterator[Problem]:
             'or use attach(..., at="step")',
             {"optimizer": facts.optimizer_name},
         )
-
-
-def _some_paid(view: View) -> bool:
-    """A hook has decayed a gradient. None has where a checkpoint steps to make a state."""
-    return any(entry.paid for _, entry in view.pairs())
 
 
 def moved_in_the_closure(facts: Facts) -> Iterator[Problem]:
@@ -177,6 +171,6 @@ def _rate(group: Mapping[str, Any], given: LearningRate | None) -> float | None:
 
 def _half_ulp(terms: Terms) -> float | None:
     """Half the spacing of numbers below a power of two: p·(1 − x) rounds to p for smaller x."""
-    if terms.dtype not in (torch.bfloat16, torch.float16):
+    if not tensors.is_low(terms.dtype):
         return None
     return torch.finfo(terms.dtype).eps / 2
