@@ -30,8 +30,7 @@ class Finding:
             mean the planned use too, and where the parameter is marked, which outranks the use.
         trainable: whether it requires a gradient.
         sensitivity: √n·abs⟨w, g⟩/(‖w‖·‖g‖), of the order of 1 where the scale of the parameter
-            matters and 0 where it does not; None where the outputs do not depend on the
-            parameter.
+            matters and 0 where it does not; None where the outputs do not depend on the parameter.
         invariant: whether the outputs are the same for α·w, all α > 0; None without a verdict.
         rows: (number of output channels that are invariant one by one, number of those with a
             verdict); None where there are none.

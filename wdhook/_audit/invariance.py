@@ -77,12 +77,11 @@ def threshold(epsilon: float, leak: float) -> float:
         epsilon: machine epsilon of the arithmetic.
         leak: the part of eps that could not be removed, see `EpsWatch.leak`.
 
-    Of an invariant weight, s is the relative rounding error of its gradient, plus what the eps
-    of the normalization leaks. √epsilon is exceeded by the first only when half of all digits
-    are lost in the backward pass. The second is a normal variable whose standard deviation is
-    the leak. Of a weight whose scale matters, s is about |N(0, 1)|: each independent projection
-    is below τ by chance with a probability of 0.8·τ, or of 3.2·τ where the scale matters a
-    quarter as much.
+    Of an invariant weight, s is the relative rounding error of its gradient, plus what the eps of
+    the normalization leaks. √epsilon is exceeded by the first only when half of all digits are lost
+    in the backward pass. The second is a normal variable whose standard deviation is the leak. Of a
+    weight whose scale matters, s is about |N(0, 1)|: each independent projection is below τ by
+    chance with a probability of 0.8·τ, or of 3.2·τ where the scale matters a quarter as much.
     """
     return math.sqrt(epsilon) + _LEAKS * leak
 

@@ -248,8 +248,8 @@ def _check_groups_have_lr(optimizer: Any) -> None:
             raise LearningRateError(
                 Problem(
                     "The optimizer has no step(): it updates inside the backward pass, with a "
-                    "learning rate that it "
-                    "is given there, and not that of its param groups (as LOMO does).",
+                    "learning rate that it is given there, and not that of its param groups (as "
+                    "LOMO does).",
                     'Give it with `lr=`, a float or a function of the group, or use mode="coupled"',
                     {"optimizer": type(stepping).__name__},
                 )
@@ -288,8 +288,7 @@ def _check_unannounced(optimizer: Any, at: str, schedule: Schedule | None) -> No
         raise ArgumentError(
             Problem(
                 'at="step" needs the step() of torch.optim.Optimizer and its subclasses, whose '
-                "hooks announce it; "
-                "this optimizer has none, or another function in its place.",
+                "hooks announce it; this optimizer has none, or another function in its place.",
                 'Use at="backward"',
                 {"optimizer": type(optimizer).__name__},
             )

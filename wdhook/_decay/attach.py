@@ -76,8 +76,8 @@ def attach(
             ``"step"``: just before the update, after accumulation, un-scaling and clipping, as the
             optimizer's own ``weight_decay`` would.
         optimizer: the optimizer(s) that step the model. Needed for decoupled decay at
-            ``"backward"``
-            (unless `lr` is a number) and for optimizers that maximize; else any optimizer is heard.
+            ``"backward"`` (unless `lr` is a number) and for optimizers that maximize; else any
+            optimizer is heard.
         lr: learning rate of decoupled decay, a number or a function of the param group that owns
             the parameter, where it is not the group's ``lr``.
         scaler: the ``GradScaler``, where coupled decay at ``"backward"`` meets a scaled loss.
@@ -169,8 +169,7 @@ def adopt(
         mode: None picks the formula of the optimizer's own decay, where it is known.
         at: the default ``"step"`` is when the optimizer did it itself.
         lr, scaler, overrides, recipe, foreach, low_precision, cautious: see `attach`. An override
-            is absolute; its True
-            means the λ of the param group.
+            is absolute; its True means the λ of the param group.
 
     Returns:
         The handle. `WeightDecay.remove` ends the decay; it does not give it back to the optimizer.

@@ -171,9 +171,8 @@ def l2_penalty(
     """½·Σ λ·‖p‖² over the eligible parameters, as a differentiable 0-dim tensor.
 
     Add it to the loss in place of `attach`, or log it. Its gradient with respect to each eligible
-    parameter
-    is λ·p, to the last bit. Low-precision parameters are summed in float32, and all on the device
-    of the first.
+    parameter is λ·p, to the last bit. Low-precision parameters are summed in float32, and all on
+    the device of the first.
 
     Args:
         model, weight_decay, overrides, recipe: see `plan`.

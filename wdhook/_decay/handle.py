@@ -272,11 +272,10 @@ class WeightDecay:
         by group.
 
         Take it between ``backward()`` and ``step()``, un-scaled (``scaler.unscale_``) if the loss
-        is. Nothing waits for
-        the device until the numbers are read, and nothing is computed for a handle of which no
-        snapshot is taken. Of a
-        sharded parameter this rank's part counts. Decoupled and independent: it keeps a copy of
-        the decayed parameters until the step, whose change is what the decay is a share of.
+        is. Nothing waits for the device until the numbers are read, and nothing is computed for a
+        handle of which no snapshot is taken. Of a sharded parameter this rank's part counts.
+        Decoupled and independent: it keeps a copy of the decayed parameters until the step, whose
+        change is what the decay is a share of.
 
         Args:
             by: ``"role"``, ``"name"`` for each parameter by itself, or a function that names the

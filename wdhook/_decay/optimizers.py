@@ -71,9 +71,8 @@ def _estimated(group: Mapping[str, Any]) -> Number:
     solution.
 
     They multiply an update with the estimate from before it, which is what the group holds now.
-    Their forms
-    that are no kin of Adam (SGD, AdaGrad) have no ``betas``, and normalize the step by other
-    things besides.
+    Their forms that are no kin of Adam (SGD, AdaGrad) have no ``betas``, and normalize the step by
+    other things besides.
     """
     corrected = group.get("use_bias_correction", False)
     kin_of_adam = "betas" in group and not group.get("bias_correction")
@@ -158,9 +157,8 @@ def announces_steps(optimizer: object) -> bool:
     """Tell an optimizer whose steps torch's hooks announce.
 
     Not an object that is no torch Optimizer, nor one that updates inside the backward pass and
-    inherits a
-    ``step`` that only raises NotImplementedError (LOMO), nor one whose ``step`` was replaced on
-    the instance.
+    inherits a ``step`` that only raises NotImplementedError (LOMO), nor one whose ``step`` was
+    replaced on the instance.
     """
     if not isinstance(optimizer, Optimizer):
         return False
@@ -290,9 +288,8 @@ def keeps_two_sequences(optimizer: Any) -> bool:
     """Tell an optimizer that moves the parameters towards a point that it keeps itself.
 
     Seen from the methods or the group entry with which ScheduleFree switches, or, after the first
-    step, from
-    the per-parameter state: the point ``z``, an average ``x_k``, or the start ``x0`` to which sums
-    of gradients are added.
+    step, from the per-parameter state: the point ``z``, an average ``x_k``, or the start ``x0`` to
+    which sums of gradients are added.
     """
     if all(callable(getattr(optimizer, name, None)) for name in ("train", "eval")):
         return True

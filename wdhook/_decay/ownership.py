@@ -125,9 +125,8 @@ class Optimizers:
         self._parameters = parameters
         self._rate = rate
         self._views: Any = WeakIdKeyDictionary()
-        self._lenders: dict[
-            int, Place
-        ] = {}  # id of a parameter → the wrapper group that lends it an lr
+        # id of a parameter → the wrapper group that lends it an lr
+        self._lenders: dict[int, Place] = {}
 
     def given(self) -> list[Any]:
         """The optimizers given to `attach` that still exist."""

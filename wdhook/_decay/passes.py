@@ -2,12 +2,10 @@
 end.
 
 A hook does not write. Its first call in a pass lets autograd make a call at the end, after the
-calls of
-DistributedDataParallel and FSDP, which write averaged gradients: so decay is added once, after
-averaging, as
-`torch.optim` does it. Where the end would be too late the hook pays at once: where another
-post-accumulate hook of
-the parameter may step it, under compiled autograd, and outside of a backward pass.
+calls of DistributedDataParallel and FSDP, which write averaged gradients: so decay is added once,
+after averaging, as `torch.optim` does it. Where the end would be too late the hook pays at once:
+where another post-accumulate hook of the parameter may step it, under compiled autograd, and
+outside of a backward pass.
 """
 
 from __future__ import annotations

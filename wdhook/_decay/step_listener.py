@@ -33,9 +33,8 @@ from .steps import Part, StepInProgress
 
 _engines: dict[int, Engine] = {}
 _registered: list[RemovableHandle] = []
-_left: list[
-    weakref.ref[Tensor]
-] = []  # gradients that a removed handle has decayed, before their step
+_left: list[weakref.ref[Tensor]] = []
+"""Gradients that a removed handle has decayed, and that no step has read."""
 _lock = threading.RLock()  # handles come and go in any thread
 _running = threading.local()  # `stack`: the steps that run in this thread, the outermost first
 _hooked: weakref.WeakSet[StepInProgress] = weakref.WeakSet()  # steps with a hook on their optimizer

@@ -151,9 +151,8 @@ class Part:
         if evidence is Evidence.CARRIED:
             entry.stamp = self.view.clock.steps
             if may_be_replayed(grad) and entry.handle is not None:
-                self.engine.state.captured = (
-                    True  # the backward pass, which has called no hook since
-                )
+                # The backward pass is captured: no hook was called since.
+                self.engine.state.captured = True
                 return
             self._tell("stepped-again", entry)
             return
@@ -189,8 +188,8 @@ class Part:
         """A fused optimizer will skip the step under a GradScaler, or has skipped it.
 
         It matters where the parameters were shrunk in the backward: their window stays open.
-        Reading the flag costs
-        a synchronisation, as it does the scaler with an optimizer that is not fused.
+        Reading the flag costs a synchronisation, as it does the scaler with an optimizer that is
+        not fused.
         """
         config = self.engine.state.config
         found_inf = getattr(self.optimizer, "found_inf", None)
@@ -248,8 +247,7 @@ class Part:
             for param, entry in pairs:
                 if entry.stamp != steps and param.grad is not None:
                     found.append((param, entry))
-        # Some optimizers put zeros where there was no gradient. Read only where something is to be
-        # said.
+        # Some optimizers put zeros where there was no gradient. Read only what would be reported.
         return [(p, e) for p, e in found if tensors.is_not_zero(p.grad)]
 
     def _let_gradients_be_swapped(self) -> None:

@@ -49,9 +49,8 @@ class Unannounced:
             return
         self._moves += 1
         self._state.rate.close_windows()
-        if (
-            self._moves > 1
-        ):  # the first may be a weight loaded after a trial, or the first half of SAM
+        # The first may be a weight loaded after a trial, or the first half of SAM.
+        if self._moves > 1:
             self._rules.tell("unannounced-steps", Facts(self._state, who=who.name))
 
     def has_moved(self, who: Named, param: Tensor) -> bool:

@@ -1,11 +1,10 @@
 """Exactly once: has the decay of this optimizer step been paid for one parameter?
 
 A *window* runs from one finished ``optimizer.step()`` to the next. Two questions are asked in it:
-when a
-gradient has come (by the hook), and when a step begins. The answers stand in one table for decay
-that
-lives in a gradient buffer and shares its fate (`GRADIENT`), and in one for decay that lives in the
-parameter and cannot be lost (`PARAMETER`). Nothing here knows models, hooks or arithmetic.
+when a gradient has come (by the hook: `GRADIENT_COMES`), and when a step begins
+(`STEP_AFTER_HOOK`, `STEP_ALONE`). Decay that lives in a gradient buffer shares the buffer's fate;
+decay that lives in the parameter cannot be lost, and has short tables (`SHRUNK_GRADIENT_COMES`,
+`SHRUNK_UNANNOUNCED`). Nothing here knows models, hooks or arithmetic.
 """
 
 from __future__ import annotations

@@ -20,10 +20,9 @@ class Witness:
     """Answers whether gradients were zeroed in place between two backward passes.
 
     Asked once for each backward pass. The gradients that this pass has not reached yet hold a
-    decay, so only
-    zeroing leaves nothing in them. A parameter that is zero has no decay, and is no evidence. The
-    answer reads
-    gradients and costs a synchronisation, in loops that change gradients in place alone.
+    decay, so only zeroing leaves nothing in them. A parameter that is zero has no decay, and is no
+    evidence. The answer reads gradients and costs a synchronisation, in loops that change gradients
+    in place alone.
     """
 
     def __init__(self, state: State, rules: Rules) -> None:

@@ -41,10 +41,9 @@ def plan(
         model: any module; frozen, tied and lazy parameters are welcome.
         weight_decay: λ per optimizer step, finite and ≥ 0.
         overrides: ordered mapping from a selector to a λ. A selector is a `Role` or its string, a
-            parameter name or a glob on it, a module class that owns the parameter, a module of
-            the model (all that lies in it), or a predicate
-            ``f(name, module, parameter) -> bool``. A λ is absolute; 0.0 exempts, True means
-            `weight_decay`. The last match wins.
+            parameter name or a glob on it, a module class that owns the parameter, a module of the
+            model (all that lies in it), or a predicate ``f(name, module, parameter) -> bool``. A λ
+            is absolute; 0.0 exempts, True means `weight_decay`. The last match wins.
         recipe: name of a known project's rule, used in place of wdhook's own.
         audit: of this model, see `audit`. Roles are those that the audit has seen. Marks and
             overrides still win, and where the audit saw nothing, types and names decide.
