@@ -18,6 +18,7 @@ from field import (
     lines,
     pull,
     sgd,
+    train_step,
 )
 from torch import nn
 
@@ -121,10 +122,7 @@ def test_a_wrapper_around_an_optimizer_that_maximizes(at: str) -> None:
         decay.attach(model, at=at, optimizer=optimizer)
         yield model
         for _ in range(3):
-            optimizer.zero_grad()
-            pull(model).backward()
-            decay.now(sign=-1)
-            optimizer.step()
+            train_step(decay, model, optimizer, sign=-1)
             yield model
 
     check(loop, RIGHT)

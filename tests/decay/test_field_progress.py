@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from field import DECAY, LR, both_moments, chain, check, everywhere, lines, pull, sgd
+from field import DECAY, LR, both_moments, chain, check, everywhere, lines, pull, sgd, train_step
 from torch import nn
 
 import wdhook
@@ -64,10 +64,7 @@ def test_a_schedule_and_an_optimizer_that_is_made_anew(mode: str, at: str, chang
                 gc.collect()
                 optimizer = sgd(model.parameters())
             decay.weights = list(model.parameters())
-            optimizer.zero_grad()
-            pull(model).backward()
-            decay.now(weight_decay=ramp(step))
-            optimizer.step()
+            train_step(decay, model, optimizer, weight_decay=ramp(step))
             yield model
 
     check(loop)
@@ -91,10 +88,7 @@ def test_a_peak_and_an_optimizer_that_is_made_anew(at: str, change: str) -> None
                 gc.collect()
                 optimizer = sgd(model.parameters(), lr=lr)
             decay.weights = list(model.parameters())
-            optimizer.zero_grad()
-            pull(model).backward()
-            decay.now(lr, peak=LR)
-            optimizer.step()
+            train_step(decay, model, optimizer, lr=lr, peak=LR)
             yield model
 
     check(loop)

@@ -21,6 +21,7 @@ from field import (
     lines,
     pull,
     sgd,
+    train_step,
     values,
 )
 
@@ -45,10 +46,7 @@ def test_maximize_is_switched_on_between_two_steps(at: str) -> None:
         yield model
         for step in range(4):
             optimizer.param_groups[0]["maximize"] = step >= 2
-            optimizer.zero_grad()
-            pull(model).backward()
-            decay.now(sign=-1 if step >= 2 else 1)
-            optimizer.step()
+            train_step(decay, model, optimizer, sign=-1 if step >= 2 else 1)
             yield model
 
     check(loop, RIGHT_OR_REFUSED)
@@ -239,10 +237,7 @@ def test_independent_a_new_optimizer_in_each_round(at: str) -> None:
             lr = LR / 8**part
             optimizer = sgd(model.parameters(), lr=lr) if part else optimizer
             for _ in range(2):
-                optimizer.zero_grad()
-                pull(model).backward()
-                decay.now(lr, peak=LR)
-                optimizer.step()
+                train_step(decay, model, optimizer, lr=lr, peak=LR)
                 yield model
 
     check(loop, RIGHT_OR_TOLD)
@@ -272,10 +267,7 @@ def test_independent_a_range_test_and_the_state_of_the_handle_restored(at: str) 
         for part, state in zip(parts, states, strict=True):
             part.load_state_dict(state)
         for _ in range(3):
-            optimizer.zero_grad()
-            pull(model).backward()
-            decay.now()
-            optimizer.step()
+            train_step(decay, model, optimizer)
             yield model
 
     check(loop, RIGHT)
@@ -299,10 +291,7 @@ def test_lr_given_as_a_number_and_a_group_whose_lr_is_zero(zero: Any) -> None:
         decay.attach(model, mode="decoupled", at="step", lr=LR)
         yield model
         for _ in range(2):
-            optimizer.zero_grad()
-            pull(model).backward()
-            decay.now(LR)
-            optimizer.step()
+            train_step(decay, model, optimizer, lr=LR)
             yield model
 
     check(loop, RIGHT_OR_TOLD)

@@ -20,6 +20,7 @@ from field import (
     lines,
     pull,
     sgd,
+    train_step,
 )
 from torch import nn
 
@@ -212,10 +213,7 @@ def test_step_is_replaced_on_the_instance(mode: str, at: str) -> None:
         decay.attach(model, mode=mode, at=at, optimizer=optimizer)
         yield model
         for _ in range(24):
-            optimizer.zero_grad()
-            pull(model).backward()
-            decay.now()
-            optimizer.step()
+            train_step(decay, model, optimizer)
             yield model
 
     check(loop, RIGHT_OR_REFUSED, tolerance=1e-5)
@@ -311,10 +309,7 @@ def test_a_deep_copy_is_trained_in_place_of_the_model(mode: str, at: str) -> Non
         optimizer = sgd(model.parameters())
         yield model
         for _ in range(24):
-            optimizer.zero_grad()
-            pull(model).backward()
-            decay.now()
-            optimizer.step()
+            train_step(decay, model, optimizer)
             yield model
 
     check(loop, RIGHT_OR_TOLD, tolerance=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from field import DECAY, RIGHT, chain, check, dyadic, everywhere, pull, sgd
+from field import DECAY, RIGHT, chain, check, dyadic, everywhere, pull, sgd, train_step
 from torch import nn
 
 
@@ -33,10 +33,7 @@ def test_the_layers_of_a_sequential_get_other_numbers(mode: str, at: str, change
                 else:
                     model.insert(0, nn.Dropout(0.0))
                 optimizer = sgd(model.parameters())
-            optimizer.zero_grad()
-            pull(model).backward()
-            decay.now()
-            optimizer.step()
+            train_step(decay, model, optimizer)
             yield model
 
     check(loop, RIGHT)
@@ -64,10 +61,7 @@ def test_a_head_is_replaced_by_one_of_another_role(mode: str, at: str, change: s
                 model["head"] = new
                 optimizer = sgd(model.parameters())
                 decay.weights = [p for p in model.parameters() if p.ndim > 1]
-            optimizer.zero_grad()
-            pull(model).backward()
-            decay.now()
-            optimizer.step()
+            train_step(decay, model, optimizer)
             yield model
 
     check(loop, RIGHT)
@@ -93,10 +87,7 @@ def test_a_sub_module_is_called_module(mode: str, at: str, optimizer_is: str) ->
                 else:
                     optimizer.add_param_group({"params": list(model["module"].parameters())})
                 decay.weights = [p for p in model.parameters() if p.ndim > 1]
-            optimizer.zero_grad()
-            pull(model).backward()
-            decay.now()
-            optimizer.step()
+            train_step(decay, model, optimizer)
             yield model
 
     check(loop, RIGHT)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from field import DECAY, LR, chain, check, dyadic, everywhere, lines, pull, sgd
+from field import DECAY, LR, chain, check, dyadic, everywhere, lines, pull, sgd, train_step
 from torch import nn
 from torch.nn.utils import prune
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -30,14 +30,6 @@ def situation(loop: Situation) -> Situation:
 def test_a_training_loop(mode: str, at: str, name: str) -> None:
     """Each loop equals the same loop with the decay by hand, after every step."""
     check(lambda decay: SITUATIONS[name](decay, mode, at))
-
-
-def step(decay: Any, model: nn.Module, optimizer: Any, **how: Any) -> None:
-    """One plain iteration."""
-    optimizer.zero_grad()
-    pull(model).backward()
-    decay.now(**how)
-    optimizer.step()
 
 
 # Gradients -------------------------------------------------------------------------------------
@@ -113,7 +105,7 @@ def discriminator_frozen_in_turn(decay: Any, mode: str, at: str) -> Any:
     for _ in range(2):
         for name, other in (("critic", "maker"), ("maker", "critic")):
             model[other].requires_grad_(False)
-            step(decay, model, optimizers[name], only=list(model[name].parameters()))
+            train_step(decay, model, optimizers[name], only=list(model[name].parameters()))
             model[other].requires_grad_(True)
             model[name].zero_grad()
         yield model
@@ -135,7 +127,7 @@ def an_exempt_layer_changes_places(decay: Any, mode: str, at: str) -> Any:
         if k == 1:
             model[0], model[1] = model[1], model[0]
             optimizer = sgd(model.parameters())
-        step(decay, model, optimizer)
+        train_step(decay, model, optimizer)
         yield model
 
 
@@ -151,7 +143,7 @@ def progressive_stacking(decay: Any, mode: str, at: str) -> Any:
             model.extend(copy.deepcopy(model))
             optimizer = sgd(model.parameters())
             decay.weights = list(model.parameters())
-        step(decay, model, optimizer)
+        train_step(decay, model, optimizer)
         yield model
 
 
@@ -170,7 +162,7 @@ def tied_and_untied(decay: Any, mode: str, at: str) -> Any:
         if k in (1, 2):
             optimizer = sgd(model.parameters())
             decay.weights = list(model.parameters())
-        step(decay, model, optimizer)
+        train_step(decay, model, optimizer)
         yield model
 
 
@@ -189,7 +181,7 @@ def pruned_and_made_permanent(decay: Any, mode: str, at: str) -> Any:
         if k == 2:
             prune.remove(model[0], "weight")
         optimizer = sgd(model.parameters())
-        step(decay, model, optimizer)
+        train_step(decay, model, optimizer)
         yield nn.ParameterList(model.parameters())
 
 
@@ -204,7 +196,7 @@ def materialised_by_to_empty(decay: Any, mode: str, at: str) -> Any:
     optimizer = sgd(model.parameters())
     yield model
     for _ in range(3):
-        step(decay, model, optimizer)
+        train_step(decay, model, optimizer)
         yield model
 
 
@@ -225,7 +217,7 @@ def params_change_groups(decay: Any, mode: str, at: str) -> Any:
             first["params"], second["params"] = [two], [one]
         if k == 2:
             optimizer.param_groups = [{**second}, {**first}]
-        step(decay, model, optimizer)
+        train_step(decay, model, optimizer)
         yield model
 
 
@@ -244,7 +236,7 @@ def back_to_the_last_snapshot(decay: Any, mode: str, at: str) -> Any:
                 part.load_state_dict(copy.deepcopy(state))
         elif k == 1:
             saved = [copy.deepcopy(part.state_dict()) for part in parts]
-        step(decay, model, optimizer, weight_decay=(k + 1) / 8)
+        train_step(decay, model, optimizer, weight_decay=(k + 1) / 8)
         yield model
 
 
@@ -279,7 +271,7 @@ def two_models_in_two_threads(decay: Any, mode: str, at: str) -> Any:
 
     def train(model: nn.Module, optimizer: Any) -> None:
         for _ in range(4):
-            step(decay, model, optimizer, only=list(model.parameters()))
+            train_step(decay, model, optimizer, only=list(model.parameters()))
 
     pairs = zip(models, optimizers, strict=True)
     threads = [threading.Thread(target=train, args=pair) for pair in pairs]

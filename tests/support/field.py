@@ -173,6 +173,14 @@ class ByHand:
                     p.grad = p.grad.add(p, alpha=sign * λ)
 
 
+def train_step(decay: Any, model: nn.Module, optimizer: Any, **how: Any) -> None:
+    """One plain iteration of a loop; `how` is for the decay by hand."""
+    optimizer.zero_grad()
+    pull(model).backward()
+    decay.now(**how)
+    optimizer.step()
+
+
 # The comparison --------------------------------------------------------------------------------
 
 Loop = Callable[[Any], Iterator[nn.Module]]
