@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from modules import Of
 from torch import Tensor, nn
 
 import wdhook
@@ -19,19 +20,6 @@ import wdhook
 SEEDS = 5
 WORDS = {True: "T", False: "F", None: "N"}
 Case = tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, str]]
-
-
-class Of(nn.Module):
-    """A function of inputs, and the modules and parameters that it uses."""
-
-    def __init__(self, function: Callable[..., Any], **held: nn.Module | Tensor) -> None:
-        super().__init__()
-        self._function = function
-        for name, one in held.items():
-            setattr(self, name, nn.Parameter(one) if isinstance(one, Tensor) else one)
-
-    def forward(self, *args: Any) -> Any:
-        return self._function(self, *args)
 
 
 def r(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from field import (
     LR,
     RIGHT_OR_TOLD,
+    Brittle,
     PlannedError,
     both_moments,
     check,
@@ -144,18 +145,6 @@ def test_the_handle_is_removed_in_a_step_hook(mode: str, at: str, place: str) ->
                 yield model
 
     check(loop)
-
-
-class Brittle(torch.autograd.Function):
-    """The identity; its backward raises."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        raise PlannedError
 
 
 @everywhere

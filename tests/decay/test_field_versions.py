@@ -12,6 +12,7 @@ from field import (
     LR,
     RIGHT,
     RIGHT_OR_TOLD,
+    Brittle,
     PlannedError,
     both_moments,
     chain,
@@ -113,18 +114,6 @@ def slices(model: nn.Module) -> torch.Tensor:
     return flat
 
 
-class Fails(torch.autograd.Function):
-    """The identity; its backward raises."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        raise PlannedError
-
-
 @pytest.mark.parametrize("what", ["raises", "is thrown away"])
 def test_slices_of_one_buffer_and_a_backward_pass_that_does_not_count(what: str) -> None:
     """Gradients are slices of one flat buffer; a backward pass reaches the first parameter and
@@ -141,7 +130,7 @@ def test_slices_of_one_buffer_and_a_backward_pass_that_does_not_count(what: str)
         yield model
         if what == "raises":
             with contextlib.suppress(PlannedError):
-                (Fails.apply(second * 0.25) + first * 0.25).sum().backward()
+                (Brittle.apply(second * 0.25) + first * 0.25).sum().backward()
         else:
             (first * 0.25).sum().backward()
         flat.zero_()

@@ -42,6 +42,18 @@ class PlannedError(Exception):
     """Stands for an interrupt, or a batch that is too large for memory; the loop goes on."""
 
 
+class Brittle(torch.autograd.Function):
+    """The identity; its backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        raise PlannedError
+
+
 # Models ----------------------------------------------------------------------------------------
 
 
