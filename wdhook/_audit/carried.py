@@ -94,7 +94,7 @@ class Mark:
     Attributes:
         ref: a weak reference, which keeps the address of the storage from reuse.
         parameter: holds a parameter itself; what is written into it (``max_norm``) leaves it one.
-        data: depends on the inputs.
+        is_data: depends on the inputs.
         fourier: the result of a Fourier transform of data.
         carried: parameters on their way, by name.
         gained: parameters that have just multiplied it, by name.
@@ -104,7 +104,7 @@ class Mark:
 
     ref: object
     parameter: bool = False
-    data: bool = False
+    is_data: bool = False
     fourier: bool = False
     carried: dict[str, Carried] = field(default_factory=dict)
     gained: dict[str, Gained] = field(default_factory=dict)
@@ -128,7 +128,7 @@ class Operand:
     @property
     def is_data(self) -> bool:
         """Whether the argument depends on the inputs."""
-        return self.mark is not None and self.mark.data
+        return self.mark is not None and self.mark.is_data
 
 
 class Marks:

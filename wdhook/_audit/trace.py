@@ -74,7 +74,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in inputs:
             mark = self._marks.own(tensor)
             if mark is not None:
-                mark.data = True
+                mark.is_data = True
 
     def uses(self, name: str) -> list[Seen]:
         """Return each different use of a parameter, in the order of the forward pass."""
@@ -143,7 +143,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in _tensors(result):
             mark = self._marks.own(tensor)
             if mark is not None:
-                mark.data = True
+                mark.is_data = True
         return result
 
     def _write(
@@ -173,7 +173,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.coarsest = max(self.coarsest, torch.finfo(tensor.dtype).eps)
         if mark.parameter:
             return
-        mark.data = True
+        mark.is_data = True
         if op.writes and not carried:
             mark.carried.clear()  # x[:, 0] = token: the target of the writing is data
 
