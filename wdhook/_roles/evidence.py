@@ -84,7 +84,7 @@ def fill_of(parameter: torch.Tensor) -> Fill:
 
 
 def _is_readable(parameter: torch.Tensor) -> bool:
-    if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
+    if type(parameter) is not nn.Parameter or type(parameter.detach()) is not torch.Tensor:
         return False
     if parameter.is_meta or not parameter.is_floating_point() or parameter.numel() == 0:
         return False
