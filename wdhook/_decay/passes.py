@@ -238,7 +238,9 @@ class Passes:
         notes = self.notes.pop(task, [])
         param, hook, clock, steps = first
         waits = bool(notes) and notes[0][1] is hook
-        if waits and _is_now(hook, clock, steps) and version(param) != seen:
+        # A pass inside this one may have paid for the parameter, which changes it too.
+        due = waits and not hook.paid and _is_now(hook, clock, steps)
+        if due and version(param) != seen:
             self._tell("moved-in-the-pass", hook)
         if notes:
             self.pay(notes)
