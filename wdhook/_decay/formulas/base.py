@@ -111,6 +111,14 @@ class Formula:
         """Write what is pending of one parameter. May wait for the device."""
 
 
+def over_peak(lr: Number, peak: Number | None) -> Number:
+    """`lr` over the largest learning rate so far, and 0 while that is 0: a warm-up may start
+    there."""
+    if isinstance(peak, Tensor):
+        return torch.where(peak > 0, lr / peak, 0.0)
+    return lr / peak if peak else 0.0
+
+
 class Shrinking(Formula):
     """A formula that multiplies parameters: p ← (1 − amount)·p."""
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from ..tensors import Number
-from .base import Rates, Shrinking
+from .base import Rates, Shrinking, over_peak
 
 
 class Corrected(Shrinking):
@@ -20,9 +17,6 @@ class Corrected(Shrinking):
     needs_peak = True
 
     def amount(self, rates: Rates) -> Number:
-        """λ·lr²/lr_peak, and 0 while the peak is 0: a warm-up may start there."""
+        """(lr²/lr_peak)·λ."""
         assert rates.lr is not None
-        if isinstance(rates.peak, Tensor):
-            effective = torch.where(rates.peak > 0, rates.lr**2 / rates.peak, 0.0)
-            return effective * rates.weight_decay
-        return (rates.lr**2 / rates.peak) * rates.weight_decay if rates.peak else 0.0
+        return over_peak(rates.lr**2, rates.peak) * rates.weight_decay

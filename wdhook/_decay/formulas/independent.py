@@ -3,11 +3,8 @@ lr/lr_peak)."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from ..tensors import Number
-from .base import Rates, Shrinking
+from .base import Rates, Shrinking, over_peak
 
 
 class Independent(Shrinking):
@@ -17,9 +14,6 @@ class Independent(Shrinking):
     needs_peak = True
 
     def amount(self, rates: Rates) -> Number:
-        """(lr/lr_peak)·λ, and 0 while the peak is 0: a warm-up may start there."""
+        """(lr/lr_peak)·λ."""
         assert rates.lr is not None
-        if isinstance(rates.peak, Tensor):
-            share = torch.where(rates.peak > 0, rates.lr / rates.peak, 0.0)
-            return share * rates.weight_decay
-        return (rates.lr / rates.peak) * rates.weight_decay if rates.peak else 0.0
+        return over_peak(rates.lr, rates.peak) * rates.weight_decay

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..._base.problem import Problem
 from ..living import living
@@ -70,14 +71,14 @@ class StepsCopies:
     """
 
     def __init__(self) -> None:
-        self._cleared: set[int] = set()  # ids of optimizers that were seen to step no copies
+        self._cleared: Any = WeakIdKeyDictionary()  # optimizers that were seen to step no copies
 
     def __call__(self, facts: Facts) -> Iterator[Problem]:
         """Look at a foreign optimizer, while no optimizer of the model is known."""
         if not is_of_others(facts) or facts.state.optimizers.has_met():
             return
         given = facts.state.optimizers.was_given(facts.optimizer)
-        if not given and (_travels(facts.state) or id(facts.optimizer) in self._cleared):
+        if not given and (_travels(facts.state) or facts.optimizer in self._cleared):
             return
         if any(engine_of(param) is not None for _, param in decayed(facts)):
             return  # what an engine steps is followed, or refused by another rule
@@ -91,7 +92,7 @@ class StepsCopies:
         if _copies(facts.optimizer, param) and not _is_owned_elsewhere(param):
             yield master_weights(name, param, facts.optimizer_name)
         else:
-            self._cleared.add(id(facts.optimizer))
+            self._cleared[facts.optimizer] = None
 
 
 def _given_beside(facts: Facts) -> Iterator[Problem]:
