@@ -5,7 +5,9 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Protocol
 
-from .._base.text import Row, aligned, fold_by
+from .._base.markup import html_paragraph, html_table
+from .._base.terminal import paragraph, table
+from .._base.text import Row, fold_by
 from .finding import Finding
 
 if TYPE_CHECKING:
@@ -44,15 +46,13 @@ class Audited(Protocol):
 
 def audit_table(audit: Audited) -> str:
     """Return the audit as text: headlines, the table, and the overrides to paste."""
-    return "\n".join([*headlines(audit), "", *aligned(audit_rows(audit)), *advice(audit)])
+    head = [line for text in headlines(audit) for line in paragraph(text)]
+    return "\n".join([*head, "", *table(audit_rows(audit)), *advice(audit)])
 
 
 def audit_html(audit: Audited) -> str:
     """Return the audit as HTML, for notebooks."""
-    head, *rows = audit_rows(audit)
-    lines = [*map(_paragraph, headlines(audit)), "<table>", _html_row("th", head)]
-    lines += [_html_row("td", row) for row in rows]
-    lines.append("</table>")
+    lines = [*map(html_paragraph, headlines(audit)), html_table(audit_rows(audit))]
     pasted = "\n".join(advice(audit)[1:])
     if pasted:
         lines.append(f"<pre>{escape(pasted)}</pre>")
@@ -136,11 +136,3 @@ def _acts_on(finding: Finding) -> str:
     if not finding.trainable:
         return "frozen"
     return finding.acts_on or finding.doubt
-
-
-def _paragraph(line: str) -> str:
-    return f"<p>{escape(line)}</p>"
-
-
-def _html_row(tag: str, cells: Row) -> str:
-    return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"

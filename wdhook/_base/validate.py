@@ -1,12 +1,14 @@
-"""Checks the numbers that users give."""
+"""Checks the numbers and the words that users give."""
 
 from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Collection
 from typing import TypeGuard
 
 from .errors import ArgumentError
+from .text import did_you_mean
 
 
 def check_factor(value: object, argument: str = "weight_decay") -> float:
@@ -27,6 +29,20 @@ def check_factor(value: object, argument: str = "weight_decay") -> float:
             f"`{argument}` must be finite and not negative.\n  got: {_shortened(value)}"
         )
     return λ
+
+
+def check_choice(argument: str, value: object, choices: Collection[str]) -> None:
+    """Check a word.
+
+    Raises:
+        ArgumentError: `value` is none of the choices; the message has the nearest.
+    """
+    if isinstance(value, str) and value in choices:
+        return
+    raise ArgumentError(
+        f"`{argument}` must be one of {', '.join(map(repr, choices))}.\n"
+        f"  got: {value!r}{did_you_mean(value, choices, quoted=True)}"
+    )
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -8,9 +8,10 @@ import json
 from .._audit.report import Audit
 from .._audit.run import audit
 from .._audit.table import advice, audit_rows, headlines
+from .._base.terminal import paragraph
 from .inputs import parse_inputs
-from .plans import print_table
 from .shared import FOUND, Commands, add_command
+from .tables import print_table
 from .targets import TARGETS, build_model, users_code
 
 SCHEMA = "wdhook.audit/1"
@@ -102,7 +103,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print(found: Audit) -> None:
     rows = audit_rows(found)
-    print(*headlines(found), sep="\n", end="\n\n")
+    for text in headlines(found):
+        print(*paragraph(text), sep="\n")
+    print()
     print_table(rows, strong=[row[-2].endswith("wrong") for row in rows[1:]])
     for line in advice(found):
         print(line)

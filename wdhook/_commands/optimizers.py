@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 
-from .._base.text import Row
-from .shared import Commands, UsageError, add_command, counted, did_you_mean
-from .tables import FAINT, paragraph, print_table
+from .._base.terminal import paragraph
+from .._base.text import Row, did_you_mean
+from .shared import Commands, UsageError, add_command, counted
+from .tables import FAINT, print_table
 
 _DESCRIPTION = """\
 Look an optimizer up: is wdhook's decay exact with it, and what does its own weight_decay do? Each
