@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from .. import schedules
 from .._base.errors import ArgumentError, LearningRateError
 from .._base.problem import Problem
-from .._base.validate import check_factor, is_number
+from .._base.text import or_not_given
+from .._base.validate import check_choice, check_factor, is_number
 from .._plan.decide import plan
 from .._plan.overrides import Overrides
 from .._plan.plan import Plan
@@ -34,14 +35,6 @@ LowPrecision = Literal["defer", "round"]
 MODES: tuple[str, ...] = tuple(FORMULAS)
 MOMENTS: tuple[str, ...] = get_args(Moment)
 Optimizers = Optimizer | Iterable[Optimizer]
-
-
-def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise if `value` is none of the choices."""
-    if value not in choices:
-        raise ArgumentError(
-            f"`{argument}` must be one of {', '.join(map(repr, choices))}.\n  got: {value!r}"
-        )
 
 
 def formula_of(mode: str | None, at: str, low_precision: str | None, cautious: object) -> Formula:
@@ -104,7 +97,7 @@ def check_attach(
         raise ArgumentError(
             Problem(
                 "`attach` takes a model and a λ by position, and everything else by name.",
-                "Write attach(model, weight_decay, optimizer=..., mode=...)",
+                _by_name(misplaced[0]),
                 {"third argument": type(misplaced[0]).__name__},
             )
         )
@@ -119,6 +112,19 @@ def check_attach(
                 {"got": weight_decay.__name__},
             )
         )
+
+
+def _by_name(misplaced: object) -> str:
+    """The call that was probably meant by a third argument."""
+    if hasattr(misplaced, "param_groups"):
+        return (
+            "Write attach(model, weight_decay): wdhook finds the optimizer by itself, at its first "
+            "step.\n"
+            'Decoupled decay at="backward" needs it before: attach(..., optimizer=optimizer)'
+        )
+    if isinstance(misplaced, str) and misplaced in MODES:
+        return f"Write attach(model, weight_decay, mode={misplaced!r})"
+    return "Write attach(model, weight_decay, mode=..., at=...)"
 
 
 def check_model(function: str, model: object) -> None:
@@ -237,7 +243,7 @@ def check_lr(
                 f'mode={formula.name!r} with at="backward" needs a learning rate before any '
                 "optimizer has stepped.",
                 'Use attach(..., optimizer=optimizer), a number as `lr=`, or at="step"',
-                {"optimizer": None, "lr": repr(lr)},
+                {"lr": or_not_given(lr), "optimizer": "not given"},
             )
         )
 

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from .._base.errors import ArgumentError, WdhookError
 from .._base.problem import Problem
+from .._base.text import short
 from .._base.validate import check_factor
 from .._plan.plan import Plan
 from .engine import Engine
@@ -32,6 +33,8 @@ class Check:
         steps: finished steps of optimizers that own a parameter of the plan.
         decayed: parameter name → the multiple of the parameter in the last decay: λ, where λ·p was
             added to the gradient (coupled); lr·λ, where lr·λ·p was subtracted from the parameter.
+        weight_decays: parameter name → its λ now, which is that of the next step.
+        factor: the multiple as a term: ``"λ"``, ``"lr·λ"``, ...
         numel: number of elements of the decayed parameters.
         absent: names that earlier steps have decayed and the last one has not.
         undecayed: names with a λ other than 0 that no step has decayed so far.
@@ -44,6 +47,8 @@ class Check:
 
     steps: int = 0
     decayed: dict[str, float] = field(default_factory=dict)
+    weight_decays: dict[str, float] = field(default_factory=dict)
+    factor: str = "λ"
     numel: int = 0
     absent: list[str] = field(default_factory=list)
     undecayed: list[str] = field(default_factory=list)
@@ -74,11 +79,11 @@ class Check:
         when = f"step {self.steps}" if self.steps else "the last backward pass"
         if not self.decayed:
             why = " (decay is paused)" if self.paused else ""
-            return f"Nothing was decayed by {when}{why}: 0 of {trained} weights."
+            return f"Nothing was decayed by {when}{why}: 0 of {trained} eligible tensors."
         claim = "Decay works" if self.ok else "Decay is incomplete"
         if not self.steps and self.announced:
             claim = "No optimizer step yet"
-        share = f"{len(self.decayed)} of {trained} weights"
+        share = f"{len(self.decayed)} of {trained} eligible tensors"
         return f"{claim}: {when} decayed {share}, {self.numel:,} elements; {self._amounts()}."
 
     def _amounts(self) -> str:
@@ -87,16 +92,23 @@ class Check:
             text = f"{self._short(amount)}·p"
             counts[text] = counts.get(text, 0) + 1
         where = "added to the gradient" if self.in_gradient else "subtracted from the parameter"
+        term = f"{self.factor}·p"
         if len(counts) == 1:
-            return f"{next(iter(counts))} {where}"
+            return f"{term} = {next(iter(counts))} {where}{self._λ_now()}"
         if len(counts) <= 3:
-            return f"{where}: " + ", ".join(f"{text} ({n})" for text, n in counts.items())
+            shares = ", ".join(f"{text} ({n})" for text, n in counts.items())
+            return f"{term} {where}: {shares}"
         low, high = min(self.decayed.values()), max(self.decayed.values())
-        return f"{where}: {self._short(low)}·p to {self._short(high)}·p"
+        return f"{term} {where}: {self._short(low)}·p to {self._short(high)}·p"
+
+    def _λ_now(self) -> str:
+        """λ beside its product with learning rates, where all decayed parameters have one λ."""
+        λs = {self.weight_decays[name] for name in self.decayed}
+        return "" if self.in_gradient or len(λs) > 1 else f"; λ is {short(λs.pop())}"
 
     def _short(self, amount: float) -> str:
         """λ in full; three digits of a product of λ with learning rates."""
-        return f"{amount:g}" if self.in_gradient else f"{amount:.3g}"
+        return short(amount) if self.in_gradient else short(amount, 3)
 
     def __str__(self) -> str:
         lines = [self.sentence]
@@ -124,6 +136,7 @@ def checked(engine: Engine) -> Check:
     clocks = {id(entry.clock): entry.clock for entry in state.parameters.entries()}
     check = Check(
         steps=state.steps or max((clock.steps for clock in clocks.values()), default=0),
+        factor=state.config.formula.factor,
         in_gradient=state.config.in_gradient,
         announced=all(clock.announced for clock in clocks.values()),
         paused=state.pauses > 0,
@@ -134,8 +147,10 @@ def checked(engine: Engine) -> Check:
         if known is None or not known.decision.eligible:
             continue
         entry = state.parameters.entry(found.param)
-        if not state.rate.weight_decay_of(known.decision, entry):
+        λ = state.rate.weight_decay_of(known.decision, entry)
+        if not λ:
             continue
+        check.weight_decays[found.name] = λ
         if not found.param.requires_grad:
             check.frozen.append(found.name)
         elif entry is None or not entry.receipt.number or _is_unowned(entry, state.announced):
@@ -320,7 +335,8 @@ class WeightDecay:
         >>> model(torch.ones(1, 3)).sum().backward()
         >>> optimizer.step()
         >>> print(decay.check())
-        Decay works: step 1 decayed 1 of 1 weights, 6 elements; 0.5·p added to the gradient.
+        Decay works: step 1 decayed 1 of 1 eligible tensors, 6 elements; λ·p = 0.5·p added to the \
+gradient.
         >>> decay.remove()
         """
         if self._engine is None or self._engine.closed:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .._base.errors import ArgumentError
+from .._base.markup import html_paragraph, html_table
+from .._base.text import did_you_mean, short
 from .._base.torch_private import version
 from .._base.validate import is_number
 from .._plan.decision import Decision
@@ -177,6 +179,17 @@ class Snapshot:
             }
         return found
 
+    def _repr_html_(self) -> str:
+        """All numbers as a table, for notebooks. Waits for the devices."""
+        read = self.to_dict()
+        head = f"step {read['step']}, weight decay {short(read['weight_decay'])}"
+        groups: dict[str, dict[str, Any]] = read["groups"]
+        columns = list(dict.fromkeys(key for numbers in groups.values() for key in numbers))
+        rows = [("group", *columns)]
+        for name, numbers in groups.items():
+            rows.append((name, *(_cell(numbers[column]) for column in columns)))
+        return f"{html_paragraph(head)}\n{html_table(rows)}"
+
     def _read(self) -> dict[str, list[float]]:
         sums = {key: [0.0] * _COLUMNS for key in self._numel}
         devices = {row.device for _, row in self._rows}
@@ -193,6 +206,13 @@ class Snapshot:
         return f"Snapshot(step={self.step}, weight_decay={self.weight_decay:g}, groups={groups})"
 
 
+def _cell(value: float | None) -> str:
+    """A number of a snapshot as text; nothing where it is not known."""
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else short(value, 4)
+
+
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
@@ -203,6 +223,7 @@ def _key(by: By, decision: Decision) -> str:
     if by not in ("role", "name"):
         raise ArgumentError(
             f"`by` must be 'role', 'name' or a function of a Decision.\n  got: {by!r}"
+            f"{did_you_mean(by, ('role', 'name'), quoted=True)}"
         )
     return str(decision.role) if by == "role" else decision.name
 
