@@ -40,7 +40,7 @@ class Ran(NamedTuple):
 
     def without_times(self) -> str:
         rows = ROW.sub(lambda row: row[0][: row.start(5) - row.start()].rstrip(), self.out)
-        return re.sub(r"(?m)^  \(d\) and \(c\): .*(\n  docs/.*)?$", "", rows)
+        return re.sub(r"(?m)^  \(d\) and \(c\): .*(\n  tiny; .*)?$", "", rows)
 
 
 def run(folder: Path, epochs: int = 2, seed: int = 0) -> Ran:

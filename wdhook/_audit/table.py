@@ -63,19 +63,19 @@ def headlines(audit: Audited) -> list[str]:
     """Return the audit in two to four lines."""
     mode = "training" if audit.training else "evaluation"
     against, undecided = len(audit.contradictions), len(audit.undecided)
+    verb = "contradicts" if against == 1 else "contradict"
     lines = [
-        f"audit of {len(audit)} tensors in {mode} mode: "
-        f"{against} contradict the plan; {undecided} undecided",
+        f"audit of {_tensors(len(audit))} in {mode} mode: "
+        f"{against} {verb} the plan; {undecided} undecided",
         _scale_line(audit),
     ]
     if audit.eps_share >= _NOTABLE_SHARE:
         lines.append(
-            f"the eps of a normalization takes part by {audit.eps_share:.1%}: "
-            "so far the scale still matters"
+            f"a normalization's eps makes scale invariance approximate ({audit.eps_share:.1%})"
         )
     if audit.stopped:
         lines.append(
-            f"outputs and gradients disagree for {len(audit.stopped)} tensors: "
+            f"outputs and gradients disagree for {_tensors(len(audit.stopped))}: "
             "a stop-gradient or a straight-through estimator"
         )
     return lines
@@ -104,8 +104,12 @@ def _scale_line(audit: Audited) -> str:
     elements = sum(finding.numel for finding in free)
     return (
         f"scale invariance in {audit.dtype}: decay acts on the step size alone in "
-        f"{len(free)} decayed tensors, {elements:,} elements"
+        f"{len(free)} decayed {'tensor' if len(free) == 1 else 'tensors'}, {elements:,} elements"
     )
+
+
+def _tensors(number: int) -> str:
+    return "1 tensor" if number == 1 else f"{number} tensors"
 
 
 def _cells(finding: Finding) -> Row:

@@ -110,7 +110,8 @@ def meaning(times: Times, ours: str, reference: str) -> str:
     kind = "more" if extra > 0 else "less"
     return (
         f"{pair}: about {abs(extra) * 1e6:.0f} µs {kind} in a step of {seconds * 1e3:.1f} ms. "
-        "These tensors are tiny;\n  docs/performance.md has larger ones, where the ratio is 1 or less."
+        "These tensors are\n"
+        "  tiny; docs/performance.md has larger ones, where the ratio is 1 or less."
     )
 
 
