@@ -65,6 +65,18 @@ SLIPS: dict[str, tuple[Callable[[], object], list[str]]] = {
         lambda: attach(MODEL, 1e-4, mode="Decoupled"),
         ["Did you mean 'decoupled'"],
     ),
+    "a mode by the name of an optimizer": (
+        lambda: attach(MODEL, 1e-4, mode="AdamW"),
+        ["got: 'AdamW'. Did you mean 'decoupled'?"],
+    ),
+    "a mode by another name": (
+        lambda: attach(MODEL, 1e-4, mode="l2"),
+        ["Did you mean 'coupled'?"],
+    ),
+    "a class": (
+        lambda: attach(nn.Linear, 1e-4),
+        ["got: type", "not its class: wdhook.attach(Linear(...), weight_decay)"],
+    ),
     "a mode of another kind": (lambda: attach(MODEL, 1e-4, mode=3), ["one of", "got: 3"]),
     "a recipe": (
         lambda: attach(MODEL, 1e-4, recipe="tim"),

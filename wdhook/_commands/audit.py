@@ -10,7 +10,7 @@ from .._audit.run import audit
 from .._audit.table import advice, audit_rows, headlines
 from .._base.terminal import paragraph
 from .inputs import parse_inputs
-from .shared import FOUND, Commands, add_command
+from .shared import FOUND, Commands, UsageError, add_command
 from .tables import print_table
 from .targets import TARGETS, build_model, users_code
 
@@ -92,8 +92,14 @@ def run(arguments: argparse.Namespace) -> int:
     model, _ = build_model(arguments.target, arguments.kwargs)
     if arguments.training is not None:
         model.train(arguments.training)
-    with users_code(arguments.target):
-        found = audit(model, *args, **kwargs)
+    try:
+        with users_code(arguments.target):
+            found = audit(model, *args, **kwargs)
+    except UsageError as error:
+        if arguments.input:
+            raise
+        advice = "Give the inputs of the model, for example --input 'randn(2, 3, 224, 224)'"
+        raise UsageError(f"{error}\n  {advice}") from error
     if arguments.json:
         print(json.dumps({"schema": SCHEMA, "target": arguments.target, **found.to_dict()}))
     else:

@@ -33,6 +33,8 @@ Mode = Literal["coupled", "decoupled", "independent", "corrected"]
 Moment = Literal["backward", "step"]
 LowPrecision = Literal["defer", "round"]
 MODES: tuple[str, ...] = tuple(FORMULAS)
+_ALSO = {"l2": "coupled", "sgd": "coupled", "adam": "coupled"}
+_ALSO |= {"adamw": "decoupled", "adamc": "corrected"}
 MOMENTS: tuple[str, ...] = get_args(Moment)
 Optimizers = Optimizer | Iterable[Optimizer]
 
@@ -45,7 +47,7 @@ def formula_of(mode: str | None, at: str, low_precision: str | None, cautious: o
     """
     if mode is None:
         mode = "coupled"
-    check_choice("mode", mode, MODES)
+    check_choice("mode", mode, MODES, _ALSO)
     if low_precision is not None:
         check_choice("low_precision", low_precision, get_args(LowPrecision))
     if low_precision == "defer":
@@ -131,17 +133,12 @@ def check_model(function: str, model: object) -> None:
     """Raise if `model` is no module."""
     if isinstance(model, nn.Module):
         return
-    hint = (
-        f"wdhook.{function}(model, optimizer)"
-        if function == "adopt"
-        else f"wdhook.{function}(model, weight_decay)"
-    )
+    second = "optimizer" if function == "adopt" else "weight_decay"
+    fix = f"The model comes first: wdhook.{function}(model, {second})"
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        fix = f"Give a model, and not its class: wdhook.{function}({model.__name__}(...), {second})"
     raise ArgumentError(
-        Problem(
-            "`model` must be a torch.nn.Module.",
-            f"The model comes first: {hint}",
-            {"got": type(model).__name__},
-        )
+        Problem("`model` must be a torch.nn.Module.", fix, {"got": type(model).__name__})
     )
 
 
