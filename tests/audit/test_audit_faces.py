@@ -83,6 +83,7 @@ def test_json_and_the_mode(
     ("arguments", "pieces"),
     [
         (["--input", "randn(4, 7)"], ["raised an error", "TypeError", "rows"]),
+        ([], ["missing 1 required", "Give the inputs of the model, for example --input"]),
         (["--input", "__import__('os').getcwd()"], ["`--input` must be", "none of the factories"]),
         (["--input", "open('x')"], ["`--input` must be", "open is none of the factories"]),
     ],
