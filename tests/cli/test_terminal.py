@@ -63,6 +63,19 @@ def test_what_is_printed_folds_in_a_terminal_alone(
     assert printed(monkeypatch, thing, 200).splitlines() == whole.splitlines()
 
 
+def test_a_check_folds_in_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`print(decay)` in 60 columns has the words of the one long line."""
+    linear = nn.Linear(3, 2)
+    with wdhook.attach(linear, 0.5) as decay:
+        linear(torch.ones(1, 3)).sum().backward()
+        torch.optim.SGD(linear.parameters(), lr=0.1).step()
+        whole = str(decay)
+        narrow = printed(monkeypatch, decay, 60)
+    assert "\n" not in whole
+    assert max(map(len, narrow.splitlines())) <= 60
+    assert narrow.split() == whole.split()
+
+
 def test_a_closed_or_missing_stdout_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan has a text also in a service without streams."""
     plan = wdhook.plan(model(), 0.5)

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from .._base.errors import ArgumentError, WdhookError
 from .._base.problem import Problem
+from .._base.terminal import folded_lines
 from .._base.text import short
 from .._base.validate import check_factor
 from .._plan.plan import Plan
@@ -126,7 +127,7 @@ class Check:
                 "  A weight is decayed when it has a gradient and an optimizer steps it; "
                 "`python -m wdhook doctor` finds what is missing"
             )
-        return "\n".join(lines)
+        return "\n".join(folded_lines("\n".join(lines)))
 
 
 def checked(engine: Engine) -> Check:
