@@ -288,9 +288,9 @@ def test_diff_ends_like_diff(folder: Path, capsys: pytest.CaptureFixture[str]) -
         out == f"{wdhook.plan(build(), 1e-4).diff(wdhook.plan(build(), 1e-4, recipe='nanogpt'))}\n"
     )
     assert "0-1.gamma ×2" in out  # two dimensions, and no weight
-    assert "2 tensors with 8 elements are decided differently" in out
+    assert "2 tensors with 8 elements get a different λ" in out
     same = inspect(capsys, "models.py:build", "--recipe", "nanogpt", "--diff", "nanogpt")
-    assert same == "0 tensors with 0 elements are decided differently\n"
+    assert same == "0 tensors with 0 elements get a different λ\n"
     assert (
         inspect(capsys, "models.py:build", "--diff", "nanogpt", "--summary", status=1).count("\n")
         == 1

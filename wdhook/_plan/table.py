@@ -122,8 +122,8 @@ def diff_headline(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) 
         numel += known.numel if known is not None else 0
     tensors = "1 tensor" if len(pairs) == 1 else f"{len(pairs)} tensors"
     elements = "1 element" if numel == 1 else f"{_count(numel)} elements"
-    verb = "is" if len(pairs) == 1 else "are"
-    return f"{tensors} with {elements} {verb} decided differently"
+    verb = "gets" if len(pairs) == 1 else "get"
+    return f"{tensors} with {elements} {verb} a different λ"
 
 
 def diff_rows(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) -> list[Row]:
