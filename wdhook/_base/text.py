@@ -90,7 +90,9 @@ def or_not_given(value: object) -> str:
 
 def near(text: str, known: Iterable[str]) -> list[str]:
     """Up to three known words that resemble a text, the nearest first. Case does not count."""
-    words = {word.lower(): word for word in known}
+    words: dict[str, str] = {}
+    for word in known:
+        words.setdefault(word.lower(), word)
     return [words[word] for word in get_close_matches(text.lower(), words, n=3)]
 
 
