@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .._plan.anchor import Anchor
 from .._plan.decision import Decision
 from .._plan.plan import Plan
 from .config import Config
 from .entry import Due, Entry, Progress
+from .formulas import kept
 from .memory import Memo, Memory
 from .model_ref import ModelRef
 from .ownership import Optimizers, View
-from .parameters import Parameters
+from .parameters import Parameters, has_values
 from .passes import Hook, Passes
 from .rate import Rate
 from .rules.base import Facts, Moment, Rules
@@ -61,6 +63,7 @@ class Engine:
         try:
             self._track()
             self.rules.tell("gradient-taken-by-engine", Facts(self.state))
+            self.rules.check(Moment.PLAN, Facts(self.state))
             for optimizer in self.state.optimizers.given():
                 view = self.view(optimizer)
                 if not view.clock.announced:  # no step will come at which the rules could look
@@ -130,15 +133,13 @@ class Engine:
 
     def _remembered(self) -> Iterator[tuple[Tensor, Memo]]:
         """Parameters of the model and of optimizers, with their memos. Nothing new is decided."""
-        parameters = self.state.parameters
-        for found in parameters.walk() if self.state.config.formula.remembers else ():
-            known = parameters.known(found.param)
-            if known is not None and known.decision.eligible:
-                progress = known.progress
-                # Without one: what was loaded for a parameter that no optimizer has stepped since.
-                memo = progress.memo if progress else self.memory.new_memo(known.decision.name)
-                if memo is not None:
-                    yield found.param, memo
+        eligible = self.state.parameters.eligible
+        for found, known in eligible() if self.state.config.formula.remembers else ():
+            # Without progress: what was loaded for a parameter that was not stepped since.
+            progress = known.progress
+            memo = progress.memo if progress else self.memory.new_memo(known.decision)
+            if memo is not None:
+                yield found.param, memo
         for view in self.state.optimizers.views():
             for param, entry in view.pairs():
                 if entry.memo is not None:
@@ -155,10 +156,15 @@ class Engine:
         if progress is not None:
             entry.resume(progress)
         if config.formula.remembers and entry.memo is None:
-            entry.progress.memo = self.memory.new_memo(entry.name)
+            entry.progress.memo = self.memory.new_memo(decision)
         return entry
 
     # ---------------------------------------------------------------- facts
+
+    @property
+    def toward(self) -> str:
+        """What decay draws parameters to, in words; "0" for an ordinary handle."""
+        return self.state.parameters.toward()
 
     @property
     def plan(self) -> Plan:
@@ -204,7 +210,37 @@ class Engine:
     def save(self) -> dict[str, Any]:
         """What a saved handle holds besides λ."""
         progress = self.state.parameters.progress()
-        return {**self.state.rate.save(progress), "memory": self.memory.save(_memos(progress))}
+        saved = {**self.state.rate.save(progress), "memory": self.memory.save(_memos(progress))}
+        if self.state.config.formula.begins:
+            more = {"targets": self._targets(), "probes": self._probes()}
+            saved |= {"toward": self.toward, **{key: of for key, of in more.items() if of}}
+        return saved
+
+    def _targets(self) -> dict[str, Tensor]:
+        """Name → values before the first update; of frozen parameters, those of trained ones."""
+        targets: dict[str, Tensor] = {}
+        for found, known in self.state.parameters.eligible():
+            param, name = found.param, known.decision.name
+            memo = known.progress.memo if known.progress is not None else None
+            memo = Memo(known.decision) if memo is None else memo
+            if memo.is_of_init and memo.target is not None:
+                targets[name] = memo.target
+            elif memo.waits and param.requires_grad and has_values(param):
+                targets[name] = kept(param, memo.toward)
+        return self.memory.save_targets(targets)
+
+    def _probes(self) -> dict[str, tuple[float, ...]]:
+        """Name → a few of the values that were given as target."""
+        known = (known.decision for _, known in self.state.parameters.eligible())
+        aimed = {
+            d.name: d.toward.probe(d.name, d.shape) for d in known if isinstance(d.toward, Anchor)
+        }
+        return {name: probe for name, probe in aimed.items() if probe}
+
+    def other_targets(self, saved: Mapping[str, Any]) -> list[str]:
+        """Names of parameters whose target was another one when a state was saved."""
+        before, now = saved.get("probes", {}), self._probes()
+        return [name for name in before if name in now and before[name] != now[name]]
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Undo of `save`, and of the λ that a schedule has given since."""
@@ -212,7 +248,9 @@ class Engine:
         entries = parameters.entries()
         parameters.forget_progress()
         rate.load(saved, entries)
-        self.memory.load(saved["memory"], _memos(parameters.progress()))
+        memos = _memos(parameters.progress())
+        self.memory.load(saved["memory"], memos)
+        self.memory.load_targets(saved.get("targets", {}), memos)
         for param, entry in parameters.pairs():
             if entry.terms.place is None:
                 entry.move(rate.clock_after(rate.saved_steps(entry.name)))

@@ -365,6 +365,8 @@ class WeightDecay:
                 f"now {self._engine.state.config.schedule!r}\n"
                 "  Attach with the number, or do not load this state"
             )
+        if self._engine is not None:
+            self._check_targets(state)
         if state["memory"] and self._engine is not None:
             self._check_remembers(state)
         self._set(check_factor(state["weight_decay"]))
@@ -381,6 +383,30 @@ class WeightDecay:
                     "Call flush() before the state and the model are saved, or attach without "
                     "`cautious`",
                     {"parameters": ", ".join(state["memory"][0])},
+                )
+            )
+
+    def _check_targets(self, state: Mapping[str, Any]) -> None:
+        """Raise where decay would draw to other values than before."""
+        assert self._engine is not None
+        toward, saved = self._engine.toward, state.get("toward", "0")
+        if saved != toward:
+            raise ArgumentError(
+                Problem(
+                    "`state` is of a handle with other targets: decay would draw parameters to "
+                    "other values than before.",
+                    "Attach with the same `toward`, or do not load this state",
+                    {"toward in the state": saved, "toward of this handle": toward},
+                )
+            )
+        others = self._engine.other_targets(state)
+        if others:
+            raise ArgumentError(
+                Problem(
+                    "`toward` has other values than in the run that saved `state`.",
+                    "Give the source of that run to wdhook.Anchor",
+                    {"parameters": f"{len(others)}, first {others[0]}"},
+                    tuple(others),
                 )
             )
 

@@ -46,9 +46,11 @@ class View:
         changes: how often the view was made.
         lazy: some parameter was not materialised when the view was made.
         unchecked: no step has been checked since the view was made.
+        begun: a step has begun since then.
     """
 
     __slots__ = (
+        "begun",
         "buckets",
         "changes",
         "clock",
@@ -74,6 +76,7 @@ class View:
         self.changes = 0
         self.lazy = False
         self.unchecked = True
+        self.begun = False
 
     def is_current(self, optimizer: Any) -> bool:
         """The optimizer holds the parameters that it held when the view was made, in the same
@@ -250,6 +253,7 @@ class Optimizers:
         view.params = groups
         view.changes += 1
         view.unchecked = True
+        view.begun = False
 
     def _entries_of(
         self, params: list[Tensor], decided: dict[int, Known], view: View

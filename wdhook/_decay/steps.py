@@ -15,7 +15,7 @@ from .entry import Due, Entry
 from .formulas import How, Rest
 from .optimizers import is_capturable, only_accumulates
 from .ownership import Bucket, View
-from .payment import pay
+from .payment import begin, pay
 from .rules.base import Facts, Moment
 from .tensors import is_capturing
 from .window import STEP_AFTER_HOOK, STEP_ALONE, Answer, Evidence
@@ -71,6 +71,11 @@ class Part:
             self.engine.state.announced = True
             self.engine.passes.forget()
             self.engine.state.captured |= is_capturing()
+            if not self.view.begun:
+                state = self.engine.state
+                begin(state, ((param, entry.memo) for param, entry in self.view.pairs()))
+                begin(state, state.parameters.trained())  # other processes may step them
+                self.view.begun = True
 
     def was_moved(self) -> bool:
         """The step of a wrapper has moved the parameters. Some write to ``p.data``, so the content

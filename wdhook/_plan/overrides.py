@@ -57,13 +57,32 @@ def apply_overrides(
             '  For example overrides={"bias": 0.0, "head.*": True}'
         )
     for selector, given in overrides.items():
-        matches, label = _matcher(selector, candidates)
+        names, label = selected(selector, candidates, "overrides", strict)
         λ = _absolute(given, label)
-        names = dict.fromkeys(c.name for c in candidates if matches(c))
-        if strict and not names:
-            raise SelectorError(_nothing_matches(label, selector, candidates))
         for name in names:
             yield name, λ, f"override {label}"
+
+
+def selected(
+    selector: Any, candidates: Sequence[Candidate], argument: str, strict: bool
+) -> tuple[list[str], str]:
+    """Names of the parameters that a selector matches, and its label in messages.
+
+    Args:
+        selector: see `wdhook.plan`.
+        candidates: every name of every parameter.
+        argument: the one that the selector is a key of, for messages.
+        strict: True where a selector that matches nothing is an error.
+
+    Raises:
+        ArgumentError: the selector has no meaning.
+        SelectorError: the selector matches nothing.
+    """
+    matches, label = _matcher(selector, candidates)
+    names = list(dict.fromkeys(c.name for c in candidates if matches(c)))
+    if strict and not names:
+        raise SelectorError(_nothing_matches(argument, label, selector, candidates))
+    return names, label
 
 
 def _absolute(given: Any, label: str) -> float | None:
@@ -124,14 +143,16 @@ def _by_predicate(predicate: Predicate) -> tuple[Test, str]:
     return test, label
 
 
-def _nothing_matches(label: str, selector: Any, candidates: Sequence[Candidate]) -> str:
+def _nothing_matches(
+    argument: str, label: str, selector: Any, candidates: Sequence[Candidate]
+) -> str:
     roles = sorted({str(c.role) for c in candidates})
     classes = sorted({type(c.module).__name__ for c in candidates})
     names = [c.bare for c in candidates]
     shown = names
     if len(names) > 30:
         shown = [*names[:15], f"... {len(names) - 30} more ...", *names[-15:]]
-    lines = ["A selector in `overrides` matches nothing.", f"  selector: {label}"]
+    lines = [f"A selector in `{argument}` matches nothing.", f"  selector: {label}"]
     globs = {f"{name.rpartition('.')[0]}.*" for name in names if "." in name}
     known = [*names, *roles, *sorted(globs)]
     near = get_close_matches(selector, known, 3) if isinstance(selector, str) else []

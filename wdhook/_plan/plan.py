@@ -132,8 +132,16 @@ class Plan(Mapping[str, Decision]):
             ``weight_decay``, for any ``torch.optim`` style constructor.
 
         Raises:
-            WdhookError: the model no longer exists, or has lost a parameter of the plan.
+            WdhookError: the model no longer exists, or has lost a parameter of the plan; or the
+                plan draws parameters to other values than 0, as no optimizer does.
         """
+        aimed = [decision.name for decision in self.values() if decision.toward]
+        if aimed:
+            raise WdhookError(
+                "`param_groups` has no place for targets: an optimizer draws parameters to 0.\n"
+                f"  parameter: {aimed[0]}\n"
+                "  Use wdhook.attach(model, weight_decay, toward=...)"
+            )
         model = self._model()
         if model is None:
             raise WdhookError(

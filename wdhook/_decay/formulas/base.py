@@ -69,6 +69,7 @@ class Formula:
         remembers: each parameter has a `Memo`.
         defers: decay that a low-precision parameter cannot hold yet is kept for later.
         at_step_only: the formula has to know the update.
+        begins: `begin_` has to be called.
     """
 
     name: str
@@ -78,6 +79,14 @@ class Formula:
     remembers: bool = False
     defers: bool = False
     at_step_only: bool = False
+    begins: bool = False
+
+    def begin_(self, param: Tensor, memo: Memo) -> None:
+        """Look at a parameter before its first update. May be called again."""
+
+    def target(self, memo: Memo | None) -> Tensor | None:
+        """The values to which a parameter is drawn; None stands for 0."""
+        return None
 
     def number(self, rates: Rates) -> Number:
         """The number that is written with. All numbers of a step are computed before the first is
@@ -101,7 +110,7 @@ class Formula:
         """The part of a change that is decay, for a formula that changes parameters.
 
         Args:
-            before: values before the step.
+            before: values before the step, less the target.
             change: of the step, decay and update: before − after.
             number: of the payment.
         """
@@ -141,7 +150,8 @@ class Shrinking(Formula):
         self.shrink_(dense.params, [entry.memo for entry in dense.entries], number, how.foreach)
         for param, grad, entry in () if sparse is None else sparse:
             seen = entry.rows if entry.paid else None
-            entry.rows = tensors.mul_rows_(grad, param, number, seen)
+            target = self.target(entry.memo)
+            entry.rows = tensors.mul_rows_(grad, param, number, seen, target)
         return None
 
     def shrink_(
