@@ -92,7 +92,7 @@ def test_a_copy_of_a_plan_has_no_tensors() -> None:
 def test_an_optimizer_cannot_have_it() -> None:
     model = perceptron()
     plan = wdhook.plan(model, λ, toward="init")
-    with pytest.raises(wdhook.WdhookError, match="attach"):
+    with pytest.raises(wdhook.TargetError, match="attach"):
         plan.param_groups()
 
 

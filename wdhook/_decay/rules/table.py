@@ -8,7 +8,6 @@ from ..._base.errors import (
     LearningRateError,
     LossScaleError,
     MasterWeightsError,
-    TargetError,
     UndecayedError,
     UnsupportedOptimizerError,
     WdhookWarning,
@@ -16,7 +15,6 @@ from ..._base.errors import (
 from . import engines, gradients, optimizers, ownership, scaling, targets
 from .base import Moment, Rule
 from .conditions import (
-    aimed,
     at_step,
     default_mode,
     gradient_in_backward,
@@ -28,36 +26,6 @@ from .conditions import (
 
 RULES = (
     # At `attach`.
-    Rule(
-        "target-is-the-parameter",
-        TargetError,
-        Moment.PLAN,
-        targets.target_is_the_parameter,
-        situation="`toward=Anchor(source)`, and the source shares memory with the model",
-        answer='names `toward="init"` and `copy.deepcopy`',
-        applies=aimed,
-    ),
-    Rule(
-        "target-is-missing",
-        WdhookWarning,
-        Moment.PLAN,
-        targets.target_is_missing,
-        situation=(
-            "`toward=Anchor(source)`, and the source has no values for a decayed parameter (a new "
-            "head)"
-        ),
-        answer="drawn to 0",
-        applies=aimed,
-    ),
-    Rule(
-        "adapter-goes-back-to-noise",
-        WdhookWarning,
-        Moment.PLAN,
-        targets.adapter_goes_back_to_noise,
-        situation='`toward="init"`, and the factors of LoRA, which start at noise and zeros',
-        answer="names a target of 0",
-        applies=aimed,
-    ),
     Rule(
         "own-decay-unannounced",
         DoubleDecayError,
@@ -434,42 +402,6 @@ RULES = (
         asked=True,
     ),
     Rule(
-        "target-in-pieces",
-        TargetError,
-        Moment.STEP,
-        targets.target_in_pieces,
-        situation=(
-            '`toward="init"` or an `Anchor`, and an engine that steps pieces or copies of the '
-            "parameters (DeepSpeed, Megatron, FSDP1)"
-        ),
-        answer="names a number, DDP and `fully_shard`",
-        applies=aimed,
-        on_change=True,
-    ),
-    Rule(
-        "target-of-a-resumed-run",
-        WdhookWarning,
-        Moment.STEP,
-        targets.target_of_a_resumed_run,
-        situation=(
-            '`toward="init"`, and an optimizer that has stepped before steps for the first time, '
-            "without a state of the handle"
-        ),
-        answer="the values of now are the target",
-        applies=aimed,
-        first_steps=True,
-    ),
-    Rule(
-        "target-of-a-new-parameter",
-        WdhookWarning,
-        Moment.STEP,
-        targets.target_of_a_new_parameter,
-        situation='`toward="init"`, and a parameter that has come into the model during training',
-        answer="the values of now are the target",
-        applies=aimed,
-        on_change=True,
-    ),
-    Rule(
         "captured",
         WdhookWarning,
         Moment.SETTER,
@@ -512,4 +444,5 @@ RULES = (
         answer="λ stays at its beginning",
         asked=True,
     ),
+    *targets.RULES,
 )

@@ -1,4 +1,4 @@
-"""Rules about the values to which decay draws parameters."""
+"""Rules about the values to which decay draws parameters, and their rows of the table."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..._base.errors import TargetError, WdhookWarning
 from ..._base.problem import Problem
 from ..._base.torch_private import is_part_of_flat_parameter, storage_of
 from ..._plan.anchor import Anchor
-from .base import Facts
+from .base import Facts, Moment, Rule
+from .conditions import aimed
 
 _OF_ADAPTER = re.compile(r"(?:^|[._])lora_")
 
@@ -139,3 +141,73 @@ def _has_stepped(optimizer: Any, param: Tensor) -> bool:
 
 def _some(names: list[str]) -> str:
     return f"{len(names)}, first {', '.join(names[:3])}"
+
+
+RULES = (
+    Rule(
+        "target-is-the-parameter",
+        TargetError,
+        Moment.PLAN,
+        target_is_the_parameter,
+        situation="`toward=Anchor(source)`, and the source shares memory with the model",
+        answer='names `toward="init"` and `copy.deepcopy`',
+        applies=aimed,
+    ),
+    Rule(
+        "target-is-missing",
+        WdhookWarning,
+        Moment.PLAN,
+        target_is_missing,
+        situation=(
+            "`toward=Anchor(source)`, and the source has no values for a decayed parameter (a new "
+            "head)"
+        ),
+        answer="drawn to 0",
+        applies=aimed,
+    ),
+    Rule(
+        "adapter-goes-back-to-noise",
+        WdhookWarning,
+        Moment.PLAN,
+        adapter_goes_back_to_noise,
+        situation='`toward="init"`, and the factors of LoRA, which start at noise and zeros',
+        answer="names a target of 0",
+        applies=aimed,
+    ),
+    Rule(
+        "target-in-pieces",
+        TargetError,
+        Moment.STEP,
+        target_in_pieces,
+        situation=(
+            '`toward="init"` or an `Anchor`, and an engine that steps pieces or copies of the '
+            "parameters (DeepSpeed, Megatron, FSDP1)"
+        ),
+        answer="names a number, DDP and `fully_shard`",
+        applies=aimed,
+        on_change=True,
+    ),
+    Rule(
+        "target-of-a-resumed-run",
+        WdhookWarning,
+        Moment.STEP,
+        target_of_a_resumed_run,
+        situation=(
+            '`toward="init"`, and an optimizer that has stepped before steps for the first time, '
+            "without a state of the handle"
+        ),
+        answer="the values of now are the target",
+        applies=aimed,
+        first_steps=True,
+    ),
+    Rule(
+        "target-of-a-new-parameter",
+        WdhookWarning,
+        Moment.STEP,
+        target_of_a_new_parameter,
+        situation='`toward="init"`, and a parameter that has come into the model during training',
+        answer="the values of now are the target",
+        applies=aimed,
+        on_change=True,
+    ),
+)
