@@ -330,6 +330,9 @@ class WeightDecay:
     def state_dict(self) -> dict[str, Any]:
         """λ, what a schedule cannot recompute and what deferred decay has not written, as plain
         numbers (and tensors, where ``lr`` is one).
+
+        With ``toward="init"`` also ``targets``: name → the values before the first update, tensors
+        that are not copied.
         """
         progress = _NOTHING if self._engine is None else self._engine.save()
         return {"weight_decay": self.weight_decay, "mode": self.mode, **progress}
@@ -338,8 +341,8 @@ class WeightDecay:
         """Go on with the λ of `state`; a schedule goes on after the steps that had been finished.
 
         Raises:
-            ArgumentError: it is not a state of a handle, or one of another mode, or (for a handle
-                with a schedule) of one that had none.
+            ArgumentError: it is not a state of a handle, or one of another mode or with other
+                targets, or (for a handle with a schedule) of one that had none.
         """
         # states of before there were schedules and memories have none
         state = {"finished_steps": (), "memory": (), **state}
