@@ -440,6 +440,46 @@ def test_targets_follow_their_tensors() -> None:
     decay.remove()
 
 
+@pytest.mark.parametrize("cut_first", [True, False])
+def test_a_state_is_saved_by_the_names_of_now(cut_first: bool) -> None:
+    """Of a model that was cut in training: names have passed on to other tensors of the same
+    shape. The resuming script attaches after the cut, or before."""
+
+    def tower() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(4)))
+
+    def step(model: nn.Module) -> None:
+        model(torch.ones(1, 4)).sum().backward()
+        SGD(model.parameters(), lr=LR).step()
+
+    how: dict[str, Any] = {"mode": "decoupled", "at": "step", "toward": "init"}
+    schedule = wdhook.schedules.constant(λ)
+    model = tower()
+    start = [layer.weight.detach().clone() for layer in model]
+    with wdhook.attach(model, schedule, **how) as decay:
+        step(model)
+        del model[1]
+        step(model)
+        state = decay.state_dict()
+    assert list(state["targets"]) == ["0.weight", "1.weight", "2.weight"]
+    again = tower()
+    if cut_first:
+        del again[1]
+    resumed = wdhook.attach(again, schedule, **how)
+    if not cut_first:
+        del again[1]
+    resumed.load_state_dict(state)
+    assert resumed.state_dict()["finished_steps"] == state["finished_steps"]
+    with torch.no_grad():
+        for layer in again:
+            layer.weight.zero_()
+    step(again)  # gradients of 0: another step than the decay comes from no layer
+    for layer, target in zip(again, (start[0], start[2], start[3]), strict=True):
+        assert torch.equal(layer.weight, torch.zeros(4, 4).lerp(target, 1 - (1 - LR * λ)))
+    resumed.remove()
+
+
 def test_adopt_toward() -> None:
     model = perceptron()
     optimizer = AdamW(model.parameters(), lr=LR, weight_decay=λ)

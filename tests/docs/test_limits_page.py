@@ -9,6 +9,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import limits_table
@@ -470,6 +471,57 @@ def _writes_where_positive() -> None:
     with pytest.raises(wdhook.DoubleDecayError) as caught:
         optimizer.step()
     assert caught.value.rule == "own-decay"
+
+
+class Clips(SGD):
+    """Clips in its step, as some subclasses do."""
+
+    def step(self, closure: Any = None) -> Any:
+        _halve(self)
+        return super().step(closure)
+
+
+def _halve(optimizer: Any, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad.mul_(0.5)
+
+
+@statement("A `step()` that changes gradients and then calls `super().step()`")
+def _clips_in_step() -> None:
+    for kind, at, kept in ((Clips, "backward", 0.5), (Clips, "step", 0.5), (SGD, "step", 1.0)):
+        model = line()
+        optimizer = kind(model.parameters(), lr=1.0)
+        if kind is SGD:
+            optimizer.register_step_pre_hook(_halve)
+        with wdhook.attach(model, λ, at=at):
+            model(X).sum().backward()
+            optimizer.step()
+        assert decay_in(model, 0.5).tolist() == [kept * λ] * 2
+
+
+def _by_hand(weight: Tensor) -> None:
+    with torch.no_grad():
+        weight.sub_(weight.grad)  # type: ignore[arg-type]
+
+
+@statement("An optimizer whose `step` is replaced on the instance after it has stepped")
+def _replaced_step() -> None:
+    for at, expected in (("step", 0.0), ("backward", λ)):
+        model = line()
+        optimizer = sgd(model)
+        with wdhook.attach(model, λ, at=at):
+            (model(X) * 0).sum().backward()
+            optimizer.step()
+            with torch.no_grad():
+                model.weight.fill_(1.0)
+            optimizer.zero_grad()
+            optimizer.step = partial(_by_hand, model.weight)  # type: ignore[method-assign]
+            model(X).sum().backward()
+            optimizer.step()
+        assert decay_in(model).tolist() == [expected] * 2
+        with pytest.raises(wdhook.ArgumentError, match='at="backward"'):
+            wdhook.attach(model, λ, at="step", optimizer=optimizer)
 
 
 @statement("Several threads in backward on one model at once")

@@ -208,13 +208,13 @@ class Engine:
     # ---------------------------------------------------------------- checkpoints
 
     def save(self) -> dict[str, Any]:
-        """What a saved handle holds besides λ."""
+        """What a saved handle holds besides λ, by the names that parameters have now."""
         progress = self.state.parameters.progress()
         saved = {**self.state.rate.save(progress), "memory": self.memory.save(_memos(progress))}
         if self.state.config.formula.begins:
             more = {"targets": self._targets(), "probes": self._probes()}
             saved |= {"toward": self.toward, **{key: of for key, of in more.items() if of}}
-        return saved
+        return _by_names(saved, self.state.parameters.renamed())
 
     def _targets(self) -> dict[str, Tensor]:
         """Name → values before the first update; of frozen parameters, those of trained ones."""
@@ -237,14 +237,19 @@ class Engine:
         }
         return {name: probe for name, probe in aimed.items() if probe}
 
+    def _by_decided_names(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        names = self.state.parameters.renamed()
+        return _by_names(saved, {now: decided for decided, now in names.items()})
+
     def other_targets(self, saved: Mapping[str, Any]) -> list[str]:
         """Names of parameters whose target was another one when a state was saved."""
-        before, now = saved.get("probes", {}), self._probes()
+        before, now = self._by_decided_names(saved).get("probes", {}), self._probes()
         return [name for name in before if name in now and before[name] != now[name]]
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Undo of `save`, and of the λ that a schedule has given since."""
         parameters, rate = self.state.parameters, self.state.rate
+        saved = self._by_decided_names(saved)
         entries = parameters.entries()
         parameters.forget_progress()
         rate.load(saved, entries)
@@ -266,6 +271,25 @@ class Engine:
 def _some(items: list[Any]) -> list[Any]:
     """The first, the middle and the last."""
     return [items[0], items[len(items) // 2], items[-1]] if items else []
+
+
+def _by_names(saved: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A state with other names of parameters. A name that passes to another tensor belongs to a
+    tensor that has left the model."""
+    passed_on = set(names.values())
+
+    def renamed(of: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in of.items() if name in names or name not in passed_on}
+        return {names.get(name, name): value for name, value in kept.items()}
+
+    changed = dict(saved)
+    for key in _BY_NAME & set(saved) if names else ():
+        of = saved[key]
+        changed[key] = tuple(map(renamed, of)) if isinstance(of, tuple) else renamed(of)
+    return changed
+
+
+_BY_NAME = {"lr_peaks", "finished_steps", "memory", "targets", "probes"}
 
 
 def _memos(progress: Mapping[str, Progress]) -> dict[str, Memo]:

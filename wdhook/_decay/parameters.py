@@ -264,6 +264,17 @@ class Parameters:
         """The targets of the first plan, in words."""
         return ", ".join(sorted({d.target for d in self._plan.values() if d.eligible}))
 
+    def renamed(self) -> dict[str, str]:
+        """Name that was decided → name now, of parameters that are somewhere else by now."""
+        names = {}
+        for found in self.walk():
+            known = self._known.get(id(found.param))
+            if known is not None:
+                before, now = (former_name(bare_name(n)) for n in (known.decision.name, found.name))
+                if before != now:
+                    names[known.decision.name] = now
+        return names
+
     def governed(self) -> dict[int, str]:
         """id → name of every parameter that is decayed, or would be once it is trained."""
         result = {key: k.decision.name for key, k in self.decided().items() if k.decision.eligible}
