@@ -500,7 +500,7 @@ def _clips_in_step() -> None:
         assert decay_in(model, 0.5).tolist() == [kept * λ] * 2
 
 
-def _by_hand(weight: Tensor) -> None:
+def _update_by_hand(weight: Tensor) -> None:
     with torch.no_grad():
         weight.sub_(weight.grad)  # type: ignore[arg-type]
 
@@ -516,7 +516,7 @@ def _replaced_step() -> None:
             with torch.no_grad():
                 model.weight.fill_(1.0)
             optimizer.zero_grad()
-            optimizer.step = partial(_by_hand, model.weight)  # type: ignore[method-assign]
+            optimizer.step = partial(_update_by_hand, model.weight)  # type: ignore[method-assign]
             model(X).sum().backward()
             optimizer.step()
         assert decay_in(model).tolist() == [expected] * 2

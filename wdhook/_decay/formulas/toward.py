@@ -69,14 +69,20 @@ class TowardShrinking(_Toward, Shrinking):
         self, params: list[Tensor], memos: list[Memo | None], by: Number, foreach: bool | None
     ) -> None:
         """Multiply the distances; parameters without a target as the formula does."""
-        pairs = list(zip(params, memos, strict=True))
-        plain = [(p, memo) for p, memo in pairs if self.target(memo) is None]
-        if plain:
-            self._formula.shrink_([p for p, _ in plain], [m for _, m in plain], by, foreach)
-        aimed = [(p, t) for p, memo in pairs if (t := self.target(memo)) is not None]
-        if aimed:
-            together = tensors.use_foreach(foreach, [p for p, _ in aimed])
-            tensors.lerp_all_([p for p, _ in aimed], [t for _, t in aimed], by, together)
+        plain: tuple[list[Tensor], list[Memo | None]] = [], []
+        aimed: tuple[list[Tensor], list[Tensor]] = [], []
+        for param, memo in zip(params, memos, strict=True):
+            target = self.target(memo)
+            if target is None:
+                plain[0].append(param)
+                plain[1].append(memo)
+            else:
+                aimed[0].append(param)
+                aimed[1].append(target)
+        if plain[0]:
+            self._formula.shrink_(*plain, by, foreach)
+        if aimed[0]:
+            tensors.lerp_all_(*aimed, by, tensors.use_foreach(foreach, aimed[0]))
 
 
 class TowardCoupled(_Toward, Coupled):
