@@ -24,6 +24,7 @@ from .rate import Rate
 from .rules.base import Facts, Moment, Rules
 from .rules.table import RULES
 from .state import State
+from .tally import Tallies, Tally
 
 
 class Engine:
@@ -34,6 +35,7 @@ class Engine:
         rules: what is checked, and what was warned of.
         passes: the backward passes.
         memory: what the formula remembers of each parameter.
+        tallies: those that were saved of parameters that have not been met yet.
         watchers: snapshots that wait for what a step changes.
         closed: nothing is decayed any more.
         on_close: called once, when the engine closes.
@@ -46,6 +48,7 @@ class Engine:
         # Entries that were there when the last module died, by the ids of these references.
         self._outliving: dict[int, weakref.ref[Entry]] = {}
         self.memory = Memory()
+        self.tallies = Tallies()
         model_ref = ModelRef(model, self._model_died)
         rate = Rate(plan.weight_decay, config.schedule, config.lr)
         self._unowned = rate.new_clock()
@@ -152,6 +155,7 @@ class Engine:
         else:
             entry = Entry(decision.name, own, self._unowned)
         self.state.rate.recall_peak(entry)
+        entry.progress.tally = self.tallies.recall(entry.name)
         if progress is not None:
             entry.resume(progress)
         if config.formula.remembers and entry.memo is None:
@@ -204,7 +208,11 @@ class Engine:
     def save(self) -> dict[str, Any]:
         """What a saved handle holds besides λ."""
         progress = self.state.parameters.progress()
-        return {**self.state.rate.save(progress), "memory": self.memory.save(_memos(progress))}
+        return {
+            **self.state.rate.save(progress),
+            "memory": self.memory.save(_memos(progress)),
+            "doses": self.tallies.save(_tallies(progress)),
+        }
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Undo of `save`, and of the λ that a schedule has given since."""
@@ -213,6 +221,9 @@ class Engine:
         parameters.forget_progress()
         rate.load(saved, entries)
         self.memory.load(saved["memory"], _memos(parameters.progress()))
+        tallies = self.tallies.load(saved["doses"], [entry.name for entry in entries])
+        for entry, tally in zip(entries, tallies, strict=True):
+            entry.progress.tally = tally
         for param, entry in parameters.pairs():
             if entry.terms.place is None:
                 entry.move(rate.clock_after(rate.saved_steps(entry.name)))
@@ -233,3 +244,8 @@ def _some(items: list[Any]) -> list[Any]:
 def _memos(progress: Mapping[str, Progress]) -> dict[str, Memo]:
     """Name → memo, where there is one."""
     return {name: one.memo for name, one in progress.items() if one.memo is not None}
+
+
+def _tallies(progress: Mapping[str, Progress]) -> dict[str, Tally]:
+    """Name → tally, where there is one."""
+    return {name: one.tally for name, one in progress.items() if one.tally is not None}

@@ -14,6 +14,7 @@ from .._base.errors import ArgumentError, WdhookError
 from .._base.problem import Problem
 from .._base.validate import check_factor
 from .._plan.plan import Plan
+from .dose import Dose, read_dose
 from .engine import Engine
 from .entry import Entry
 from .rate import NO_PROGRESS
@@ -154,7 +155,7 @@ def _is_unowned(entry: Entry, announced: bool) -> bool:
     return announced and entry.terms.owner is None
 
 
-_NOTHING: Mapping[str, Any] = {**NO_PROGRESS, "memory": ()}
+_NOTHING: Mapping[str, Any] = {**NO_PROGRESS, "memory": (), "doses": ()}
 
 
 class WeightDecay:
@@ -327,9 +328,50 @@ class WeightDecay:
             return Check(removed=True)
         return checked(self._engine)
 
+    @property
+    def dose(self) -> Dose:
+        """How much decay the steps so far have been: −Σ log(1 − lr·λ); ``print`` it.
+
+        Decay alone would have multiplied the weights by e^(−dose). Below 0.01 decay has done
+        nothing, above 3 the initial values are forgotten; docs/how-much.md says which λ gives
+        which.
+
+        - Steps that were not taken (a GradScaler, an error) do not count, nor do those that were
+          paused.
+        - ``"independent"`` and ``"corrected"``: what the formula has in place of lr·λ.
+        - Deferred decay of low precision counts in the step that it belongs to, written or not.
+        - Cautious decay: an upper bound, as if nothing had been masked.
+        - Coupled decay: lr·λ of `torch.optim.SGD`, times (1 − dampening)/(1 − momentum), which
+          holds to first order in lr·λ. None under any other optimizer. What clipping takes of a
+          gradient with decay in it is not seen.
+
+        It costs one addition for each param group and step, waits for the device only where ``lr``
+        is there and only when it is read, and is saved by `state_dict`.
+
+        Raises:
+            WdhookError: the handle is removed.
+
+        >>> import torch, wdhook
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0)
+        >>> decay = wdhook.attach(model, 0.1, mode="decoupled", at="step")
+        >>> for _ in range(100):
+        ...     model(torch.ones(1, 3)).sum().backward()
+        ...     optimizer.step()
+        >>> print(decay.dose)
+        Dose after 100 steps: λ 0.1, 1 weight: 0.1; decay alone leaves 90.5 %: \
+a mild pull toward zero
+        >>> round(decay.dose["weight"], 6)
+        0.10005
+        >>> decay.remove()
+        """
+        if self._engine is None or self._engine.closed:
+            raise WdhookError("`dose` needs a handle that is attached, and this one is removed")
+        return read_dose(self._engine)
+
     def state_dict(self) -> dict[str, Any]:
-        """λ, what a schedule cannot recompute and what deferred decay has not written, as plain
-        numbers (and tensors, where ``lr`` is one).
+        """λ, the dose, what a schedule cannot recompute and what deferred decay has not written, as
+        plain numbers (and tensors, where ``lr`` is one).
         """
         progress = _NOTHING if self._engine is None else self._engine.save()
         return {"weight_decay": self.weight_decay, "mode": self.mode, **progress}
@@ -341,8 +383,8 @@ class WeightDecay:
             ArgumentError: it is not a state of a handle, or one of another mode, or (for a handle
                 with a schedule) of one that had none.
         """
-        # states of before there were schedules and memories have none
-        state = {"finished_steps": (), "memory": (), **state}
+        # states of before there were schedules, memories and tallies have none
+        state = {"finished_steps": (), "memory": (), "doses": None, **state}
         missing = {"weight_decay", "mode", *_NOTHING} - set(state)
         if missing:
             raise ArgumentError(

@@ -111,6 +111,19 @@ def largest_known_rate(group: Mapping[str, Any]) -> float | None:
     return max(found, default=None)
 
 
+def sgd_gain(optimizer: object, group: Mapping[str, Any]) -> Number | None:
+    """What `torch.optim.SGD` multiplies a gradient with, in its step and all later ones together:
+    lr·(1 − dampening)/(1 − momentum).
+
+    None for another optimizer, and for a momentum that never fades. Nesterov's form has the same
+    sum.
+    """
+    if type(optimizer) is not torch.optim.SGD or not group["momentum"] < 1:
+        return None
+    share = (1 - group["dampening"]) / (1 - group["momentum"]) if group["momentum"] else 1.0
+    return group["lr"] * share  # type: ignore[no-any-return]
+
+
 # Own decay and sign ----------------------------------------------------------------------------
 
 

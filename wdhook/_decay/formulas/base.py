@@ -97,6 +97,16 @@ class Formula:
         """The multiple of a parameter that a payment with that number takes or adds."""
         return 1 - number
 
+    def kept(self, number: Number, gain: Number | None) -> Number | None:
+        """What decay alone multiplies a parameter with in one step; None where nobody can tell.
+
+        Args:
+            number: of the payment.
+            gain: what plain SGD multiplies a gradient with, in this step and all later ones
+                together; None for another optimizer, or a formula that does not add to gradients.
+        """
+        return number
+
     def taken(self, before: Tensor, change: Tensor, number: Number) -> Tensor:
         """The part of a change that is decay, for a formula that changes parameters.
 
