@@ -269,14 +269,14 @@ class WeightDecay:
         return self._plan if self._engine is None else self._engine.plan
 
     def snapshot(self, by: By = "role") -> Snapshot:
-        """Norms of parameters and gradients, the angle between them, and the share of the decay,
-        by group.
+        """Norms of parameters and gradients, the angle between them, the share of the decay, and
+        how far the step turns the weights, by group.
 
         Take it between ``backward()`` and ``step()``, un-scaled (``scaler.unscale_``) if the loss
         is. Nothing waits for the device until the numbers are read, and nothing is computed for a
         handle of which no snapshot is taken. Of a sharded parameter this rank's part counts.
-        Decoupled and independent: it keeps a copy of the decayed parameters until the step, whose
-        change is what the decay is a share of.
+        It keeps a copy of the parameters that have a gradient until the step has ended, for what
+        the step changes; a snapshot that is thrown away before keeps nothing.
 
         Args:
             by: ``"role"``, ``"name"`` for each parameter by itself, or a function that names the
@@ -293,8 +293,9 @@ class WeightDecay:
         >>> decay = wdhook.attach(model, 0.5)
         >>> model(torch.ones(1, 1)).sum().backward()  # a gradient of 1, and 1 more by the decay
         >>> snapshot = decay.snapshot()
-        >>> snapshot.to_dict()["groups"]["weight"]
-        {'numel': 1, 'norm': 2.0, 'grad_norm': 1.0, 'cos': 1.0, 'share': 0.5}
+        >>> weight = snapshot.to_dict()["groups"]["weight"]
+        >>> weight["norm"], weight["grad_norm"], weight["cos"], weight["share"]
+        (2.0, 1.0, 1.0, 0.5)
         >>> snapshot.scalars()["wdhook/norm/weight"]
         2.0
         >>> decay.remove()
