@@ -30,7 +30,9 @@ def reading(dose: float) -> str:
 def percent(dose: float) -> str:
     """The share of a weight that a dose leaves, as text."""
     share = 100 * math.exp(-dose)
-    return f"{share:.3g} %" if share >= 0.1 else "less than 0.1 %"
+    if share < 0.1:
+        return "less than 0.1 %"
+    return f"{share:.4g} %" if share > 99 else f"{share:.3g} %"
 
 
 @dataclass(frozen=True)
