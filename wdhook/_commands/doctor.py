@@ -207,10 +207,7 @@ def _print(examination: Examination, forecast: Forecast | None) -> None:
         for check in examination.checks:
             print(*paragraph(check.sentence, later="  "), sep="\n")
     if forecast is not None:
-        first, *rest = forecast.lines()
-        print(*paragraph(first, later="  "), sep="\n")
-        for line in rest:
-            print(*paragraph(line, indent="  ", later="    "), sep="\n")
+        _print_forecast(forecast)
     print()
     for one in examination.findings:
         print(*_lines(one), sep="\n", end="\n\n")
@@ -220,6 +217,13 @@ def _print(examination: Examination, forecast: Forecast | None) -> None:
         text = counted(number, severity)
         counts.append(painted(text, _COLOURS[severity]) if number else text)
     print(", ".join(counts))
+
+
+def _print_forecast(forecast: Forecast) -> None:
+    heading, *lines = forecast.lines()
+    print(*paragraph(heading, later="  "), sep="\n")
+    for line in lines:
+        print(*paragraph(line, indent="  ", later="    "), sep="\n")
 
 
 def _lines(finding: Finding) -> Iterator[str]:

@@ -186,11 +186,7 @@ class Forecast:
             engines: of handles that have decayed in the training step; without any, the decay is
                 that of the optimizers themselves.
         """
-        found: list[tuple[Strand, Look]] = []
-        for engine in engines:
-            found += _of_engine(engine, self._course)
-        for optimizer in self._optimizers if not engines else ():
-            found += _of_optimizer(optimizer, self._course)
+        found = self._found(engines)
         scheduled = any(engine.state.config.schedule for engine in engines)
         constant = self._course.is_constant and not scheduled
         for step in range(1 if constant else self.steps):
@@ -200,7 +196,15 @@ class Forecast:
                 strand.add(kept, self.steps if constant else 1, why)
             if (step + 1) % self.every == 0:
                 self._course.advance()
-        self.strands = _joined(strand for strand, _ in found)
+        self.strands = _merged(strand for strand, _ in found)
+
+    def _found(self, engines: list[Engine]) -> list[tuple[Strand, Look]]:
+        found: list[tuple[Strand, Look]] = []
+        for engine in engines:
+            found += _of_engine(engine, self._course)
+        for optimizer in self._optimizers if not engines else ():
+            found += _of_optimizer(optimizer, self._course)
+        return found
 
     def findings(self) -> Iterator[Finding]:
         """Notes on decay that has no effect."""
@@ -246,7 +250,7 @@ class Forecast:
         }
 
 
-def _joined(strands: Iterable[Strand]) -> list[Strand]:
+def _merged(strands: Iterable[Strand]) -> list[Strand]:
     """Strands with the same numbers as one."""
     joined: dict[tuple[object, ...], Strand] = {}
     for one in strands:

@@ -51,12 +51,12 @@ class DoseClass:
 
     @property
     def share(self) -> float | None:
-        """What decay alone would have left of the initial values: e^(−dose)."""
+        """The part of the initial values that decay alone would have left: e^(−dose)."""
         return None if self.dose is None else math.exp(-self.dose)
 
     @property
     def half_lives(self) -> float | None:
-        """How often decay alone would have halved a weight."""
+        """The number of times that decay alone would have halved a weight."""
         return None if self.dose is None else self.dose / math.log(2)
 
     def __str__(self) -> str:
@@ -72,12 +72,21 @@ class Dose(Mapping[str, "float | None"]):
     """The decay of all finished steps: parameter name → −Σ log(1 − lr·λ). Made by
     `WeightDecay.dose`.
 
-    Decay alone would have multiplied the weights by e^(−dose). ``print`` it: a line for each class
-    of parameters that have had the same; most trainings have one.
+    Decay alone would have multiplied the weights by e^(−dose). Below 0.01 decay has done nothing,
+    above 3 the initial values are forgotten; docs/how-much.md says which λ gives which. ``print``
+    it: a line for each class of parameters that have had the same; most trainings have one.
 
-    What is counted is a step of the optimizer that was taken, for all decayed parameters of a param
-    group together as soon as one of them was decayed: of a parameter that had no gradient in some
-    of the steps, it is an upper bound.
+    - Steps that were not taken (a GradScaler, an error) do not count, nor do those that were
+      paused.
+    - A step counts for all decayed parameters of a param group together, as soon as one of them
+      was decayed: of a parameter that had no gradient in some of the steps, the dose is an upper
+      bound.
+    - ``"independent"`` and ``"corrected"``: the formula's own factor in place of lr·λ.
+    - Deferred decay of low precision counts in the step that it belongs to, written or not.
+    - Cautious decay: an upper bound, as if nothing had been masked.
+    - Coupled decay: lr·λ of `torch.optim.SGD`, times (1 − dampening)/(1 − momentum), which holds to
+      first order in lr·λ. None under any other optimizer. What clipping takes of a gradient with
+      decay in it is not seen.
 
     Attributes:
         steps: finished optimizer steps of the handle.
@@ -141,7 +150,7 @@ def read_dose(engine: Engine) -> Dose:
     state = engine.state
     read: dict[Tally, float | None] = {}
     classes: dict[tuple[float, float | None], list[str]] = {}
-    for name, λ, tally in _decayed(engine):
+    for name, λ, tally in _trained_weights(engine):
         if tally not in read:
             read[tally] = tally.read()
         dose = read[tally]
@@ -149,10 +158,10 @@ def read_dose(engine: Engine) -> Dose:
             classes.setdefault((λ, dose), []).append(name)
     made = tuple(DoseClass(λ, dose, tuple(names)) for (λ, dose), names in classes.items())
     unknown = any(one.dose is None for one in made)
-    return Dose(state.steps, made, _why(engine) if unknown else "")
+    return Dose(state.steps, made, _reason(engine) if unknown else "")
 
 
-def _decayed(engine: Engine) -> Iterator[tuple[str, float, Tally]]:
+def _trained_weights(engine: Engine) -> Iterator[tuple[str, float, Tally]]:
     """Trained parameters that the plan decays: name, λ now, tally."""
     state = engine.state
     decided = state.parameters.decided()
@@ -176,7 +185,7 @@ def _is_unheard(entry: Entry) -> bool:
     return not clock.announced or (entry.terms.owner is None and clock.steps > 0)
 
 
-def _why(engine: Engine) -> str:
+def _reason(engine: Engine) -> str:
     if engine.state.config.in_gradient:
         return (
             "The dose of coupled decay is known under torch.optim.SGD alone: other optimizers "

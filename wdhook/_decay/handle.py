@@ -333,21 +333,9 @@ class WeightDecay:
     def dose(self) -> Dose:
         """How much decay the steps so far have been: −Σ log(1 − lr·λ); ``print`` it.
 
-        Decay alone would have multiplied the weights by e^(−dose). Below 0.01 decay has done
-        nothing, above 3 the initial values are forgotten; docs/how-much.md says which λ gives
-        which.
-
-        - Steps that were not taken (a GradScaler, an error) do not count, nor do those that were
-          paused.
-        - ``"independent"`` and ``"corrected"``: what the formula has in place of lr·λ.
-        - Deferred decay of low precision counts in the step that it belongs to, written or not.
-        - Cautious decay: an upper bound, as if nothing had been masked.
-        - Coupled decay: lr·λ of `torch.optim.SGD`, times (1 − dampening)/(1 − momentum), which
-          holds to first order in lr·λ. None under any other optimizer. What clipping takes of a
-          gradient with decay in it is not seen.
-
         It costs one addition for each param group and step, waits for the device only where ``lr``
-        is there and only when it is read, and is saved by `state_dict`.
+        is there and only when it is read, and is saved by `state_dict`. `Dose` says what is
+        counted.
 
         Raises:
             WdhookError: the handle is removed.

@@ -112,8 +112,8 @@ def largest_known_rate(group: Mapping[str, Any]) -> float | None:
 
 
 def sgd_gain(optimizer: object, group: Mapping[str, Any]) -> Number | None:
-    """What `torch.optim.SGD` multiplies a gradient with, in its step and all later ones together:
-    lr·(1 − dampening)/(1 − momentum).
+    """The factor by which `torch.optim.SGD` multiplies a gradient, in its step and all later ones
+    together: lr·(1 − dampening)/(1 − momentum).
 
     None for another optimizer, and for a momentum that never fades. Nesterov's form has the same
     sum.

@@ -148,24 +148,35 @@ class Snapshot:
         self._awaited = rest
 
     def _note(self, awaited: _Awaited, entry: Entry | None, clock: Clock) -> None:
-        state, key, param, before, _ = awaited
-        formula = state.config.formula
         paid = entry if entry is not None and entry.stamp == clock.steps - 1 else None
-        change = before - _local(param)
+        change = awaited.before - _local(awaited.param)
         if awaited.shares:
-            number = 1.0 if paid is None else paid.receipt.number
-            if paid is not None and paid.memo is not None and paid.memo.written is not None:
-                change += before * (paid.memo.written - number)  # what is counted, instead
-            taken = torch.zeros_like(before)
-            if paid is not None:
-                taken = formula.taken(before, change, number)
-            decay = _dot(taken, taken)
-            zero = torch.zeros_like(decay)
-            self._add(key, zero, zero, zero, zero, decay, _dot(change, change))
+            change = self._note_share(awaited, paid, change)
+        self._note_move(awaited, paid, change)
+
+    def _note_share(self, awaited: _Awaited, paid: Entry | None, change: Tensor) -> Tensor:
+        """Note the decay's part of a change. Gives the change with the decay that was counted in
+        place of the decay that was written."""
+        before = awaited.before
+        taken = torch.zeros_like(before)
+        if paid is not None:
+            number = paid.receipt.number
+            if paid.memo is not None and paid.memo.written is not None:
+                change = change + before * (paid.memo.written - number)
+            taken = awaited.state.config.formula.taken(before, change, number)
+        decay = _dot(taken, taken)
+        zero = torch.zeros_like(decay)
+        self._add(awaited.key, zero, zero, zero, zero, decay, _dot(change, change))
+        return change
+
+    def _note_move(self, awaited: _Awaited, paid: Entry | None, change: Tensor) -> None:
+        before, key = awaited.before, awaited.key
         squared = _dot(before, before)
         of_decayed = squared_angle = torch.zeros_like(squared)
         if awaited.decayed:
-            square = None if paid is None else _equilibrium(formula, paid)
+            square = None
+            if paid is not None:
+                square = _equilibrium(awaited.state.config.formula, paid)
             if square is None:
                 self._restless.add(key)
             else:

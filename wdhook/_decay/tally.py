@@ -1,4 +1,4 @@
-"""Counts of decay: how much of a parameter the decay of all steps so far would leave."""
+"""Counts of decay: the part of a parameter that the decay of all steps so far would leave."""
 
 from __future__ import annotations
 

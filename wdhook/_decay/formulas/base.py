@@ -98,12 +98,14 @@ class Formula:
         return 1 - number
 
     def kept(self, number: Number, gain: Number | None) -> Number | None:
-        """What decay alone multiplies a parameter with in one step; None where nobody can tell.
+        """The factor by which decay alone multiplies a parameter in one step; None where nobody
+        can tell.
 
         Args:
             number: of the payment.
-            gain: what plain SGD multiplies a gradient with, in this step and all later ones
-                together; None for another optimizer, or a formula that does not add to gradients.
+            gain: the factor by which plain SGD multiplies a gradient, in this step and all later
+                ones together; None for another optimizer, or a formula that does not add to
+                gradients.
         """
         return number
 
