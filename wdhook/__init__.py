@@ -30,6 +30,7 @@ from ._base.errors import (
     WdhookWarning,
 )
 from ._decay.attach import adopt, attach
+from ._decay.dose import Dose, DoseClass
 from ._decay.functional import apply_weight_decay, l2_penalty
 from ._decay.handle import Check, WeightDecay
 from ._decay.snapshot import Snapshot
@@ -54,6 +55,8 @@ __all__ = [
     "Audit",
     "Check",
     "Decision",
+    "Dose",
+    "DoseClass",
     "DoubleDecayError",
     "Finding",
     "LearningRateError",

@@ -103,10 +103,15 @@ class Examination:
             self._add(raised(error))
         self.engines = self._engines()
 
-    def run(self) -> None:
-        """Look, train a step, look again. A handle of the doctor's is removed at the end."""
+    def run(self, then: Callable[[], None] = lambda: None) -> None:
+        """Look, train a step, look again. A handle of the doctor's is removed at the end.
+
+        Args:
+            then: called before that.
+        """
         with self._own:
             self._look()
+            then()
         self.findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
 
     def _look(self) -> None:

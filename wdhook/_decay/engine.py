@@ -26,6 +26,7 @@ from .rate import Rate
 from .rules.base import Facts, Moment, Rules
 from .rules.table import RULES
 from .state import State
+from .tally import Tallies, Tally
 
 
 class Engine:
@@ -36,6 +37,7 @@ class Engine:
         rules: what is checked, and what was warned of.
         passes: the backward passes.
         memory: what the formula remembers of each parameter.
+        tallies: those that were saved of parameters that have not been met yet.
         watchers: snapshots that wait for what a step changes.
         closed: nothing is decayed any more.
         on_close: called once, when the engine closes.
@@ -48,6 +50,7 @@ class Engine:
         # Entries that were there when the last module died, by the ids of these references.
         self._outliving: dict[int, weakref.ref[Entry]] = {}
         self.memory = Memory()
+        self.tallies = Tallies()
         model_ref = ModelRef(model, self._model_died)
         rate = Rate(plan.weight_decay, config.schedule, config.lr)
         self._unowned = rate.new_clock()
@@ -153,6 +156,7 @@ class Engine:
         else:
             entry = Entry(decision.name, own, self._unowned)
         self.state.rate.recall_peak(entry)
+        entry.progress.tally = self.tallies.recall(entry.name)
         if progress is not None:
             entry.resume(progress)
         if config.formula.remembers and entry.memo is None:
@@ -210,7 +214,11 @@ class Engine:
     def save(self) -> dict[str, Any]:
         """What a saved handle holds besides λ, by the names that parameters have now."""
         progress = self.state.parameters.progress()
-        saved = {**self.state.rate.save(progress), "memory": self.memory.save(_memos(progress))}
+        saved = {
+            **self.state.rate.save(progress),
+            "memory": self.memory.save(_memos(progress)),
+            "doses": self.tallies.save(_tallies(progress)),
+        }
         if self.state.config.formula.begins:
             more = {"targets": self._targets(), "probes": self._probes()}
             saved |= {"toward": self.toward, **{key: of for key, of in more.items() if of}}
@@ -256,6 +264,9 @@ class Engine:
         memos = _memos(parameters.progress())
         self.memory.load(saved["memory"], memos)
         self.memory.load_targets(saved.get("targets", {}), memos)
+        tallies = self.tallies.load(saved["doses"], [entry.name for entry in entries])
+        for entry, tally in zip(entries, tallies, strict=True):
+            entry.progress.tally = tally
         for param, entry in parameters.pairs():
             if entry.terms.place is None:
                 entry.move(rate.clock_after(rate.saved_steps(entry.name)))
@@ -285,13 +296,20 @@ def _by_names(saved: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, A
     changed = dict(saved)
     for key in _BY_NAME & set(saved) if names else ():
         of = saved[key]
+        if of is None:
+            continue
         changed[key] = tuple(map(renamed, of)) if isinstance(of, tuple) else renamed(of)
     return changed
 
 
-_BY_NAME = {"lr_peaks", "finished_steps", "memory", "targets", "probes"}
+_BY_NAME = {"doses", "finished_steps", "lr_peaks", "memory", "probes", "targets"}
 
 
 def _memos(progress: Mapping[str, Progress]) -> dict[str, Memo]:
     """Name → memo, where there is one."""
     return {name: one.memo for name, one in progress.items() if one.memo is not None}
+
+
+def _tallies(progress: Mapping[str, Progress]) -> dict[str, Tally]:
+    """Name → tally, where there is one."""
+    return {name: one.tally for name, one in progress.items() if one.tally is not None}

@@ -14,6 +14,7 @@ from .._base.errors import ArgumentError, WdhookError
 from .._base.problem import Problem
 from .._base.validate import check_factor
 from .._plan.plan import Plan
+from .dose import Dose, read_dose
 from .engine import Engine
 from .entry import Entry
 from .rate import NO_PROGRESS
@@ -154,7 +155,7 @@ def _is_unowned(entry: Entry, announced: bool) -> bool:
     return announced and entry.terms.owner is None
 
 
-_NOTHING: Mapping[str, Any] = {**NO_PROGRESS, "memory": ()}
+_NOTHING: Mapping[str, Any] = {**NO_PROGRESS, "memory": (), "doses": ()}
 
 
 class WeightDecay:
@@ -268,14 +269,14 @@ class WeightDecay:
         return self._plan if self._engine is None else self._engine.plan
 
     def snapshot(self, by: By = "role") -> Snapshot:
-        """Norms of parameters and gradients, the angle between them, and the share of the decay,
-        by group.
+        """Norms of parameters and gradients, the angle between them, the share of the decay, and
+        how far the step turns the weights, by group.
 
         Take it between ``backward()`` and ``step()``, un-scaled (``scaler.unscale_``) if the loss
         is. Nothing waits for the device until the numbers are read, and nothing is computed for a
         handle of which no snapshot is taken. Of a sharded parameter this rank's part counts.
-        Decoupled and independent: it keeps a copy of the decayed parameters until the step, whose
-        change is what the decay is a share of.
+        It keeps a copy of the parameters that have a gradient until the step has ended, for what
+        the step changes; a snapshot that is thrown away before keeps nothing.
 
         Args:
             by: ``"role"``, ``"name"`` for each parameter by itself, or a function that names the
@@ -292,8 +293,9 @@ class WeightDecay:
         >>> decay = wdhook.attach(model, 0.5)
         >>> model(torch.ones(1, 1)).sum().backward()  # a gradient of 1, and 1 more by the decay
         >>> snapshot = decay.snapshot()
-        >>> snapshot.to_dict()["groups"]["weight"]
-        {'numel': 1, 'norm': 2.0, 'grad_norm': 1.0, 'cos': 1.0, 'share': 0.5}
+        >>> weight = snapshot.to_dict()["groups"]["weight"]
+        >>> weight["norm"], weight["grad_norm"], weight["cos"], weight["share"]
+        (2.0, 1.0, 1.0, 0.5)
         >>> snapshot.scalars()["wdhook/norm/weight"]
         2.0
         >>> decay.remove()
@@ -327,9 +329,38 @@ class WeightDecay:
             return Check(removed=True)
         return checked(self._engine)
 
+    @property
+    def dose(self) -> Dose:
+        """How much decay the steps so far have been: −Σ log(1 − lr·λ); ``print`` it.
+
+        It costs one addition for each param group and step, waits for the device only where ``lr``
+        is there and only when it is read, and is saved by `state_dict`. `Dose` says what is
+        counted.
+
+        Raises:
+            WdhookError: the handle is removed.
+
+        >>> import torch, wdhook
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0)
+        >>> decay = wdhook.attach(model, 0.1, mode="decoupled", at="step")
+        >>> for _ in range(100):
+        ...     model(torch.ones(1, 3)).sum().backward()
+        ...     optimizer.step()
+        >>> print(decay.dose)
+        Dose after 100 steps: λ 0.1, 1 weight: 0.1; decay alone leaves 90.5 %: \
+a mild pull toward zero
+        >>> round(decay.dose["weight"], 6)
+        0.10005
+        >>> decay.remove()
+        """
+        if self._engine is None or self._engine.closed:
+            raise WdhookError("`dose` needs a handle that is attached, and this one is removed")
+        return read_dose(self._engine)
+
     def state_dict(self) -> dict[str, Any]:
-        """λ, what a schedule cannot recompute and what deferred decay has not written, as plain
-        numbers (and tensors, where ``lr`` is one).
+        """λ, the dose, what a schedule cannot recompute and what deferred decay has not written, as
+        plain numbers (and tensors, where ``lr`` is one).
 
         With ``toward="init"`` also ``targets``: name → the values before the first update, tensors
         that are not copied.
@@ -344,8 +375,8 @@ class WeightDecay:
             ArgumentError: it is not a state of a handle, or one of another mode or with other
                 targets, or (for a handle with a schedule) of one that had none.
         """
-        # states of before there were schedules and memories have none
-        state = {"finished_steps": (), "memory": (), **state}
+        # states of before there were schedules, memories and tallies have none
+        state = {"finished_steps": (), "memory": (), "doses": None, **state}
         missing = {"weight_decay", "mode", *_NOTHING} - set(state)
         if missing:
             raise ArgumentError(

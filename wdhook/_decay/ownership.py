@@ -25,6 +25,7 @@ from .optimizers import (
 from .parameters import Known, Parameters
 from .rate import Rate
 from .stand_ins import Loan, StandIn, stand_ins
+from .tally import of_bucket
 from .window import Clock
 
 Bucket = tuple[Terms, list[Pair]]
@@ -302,7 +303,7 @@ class Optimizers:
             entry.blind = blind and hasattr(param, "to_local")
             if entry.peak.value is None and not entry.peak.shared:
                 entry.peak = new_peak
-            key = Terms.key(own, entry, param)
+            key = (*Terms.key(own, entry, param), id(entry.progress.tally))
             if key not in buckets:
                 buckets[key] = Terms(view.clock, own, entry, param), []
             buckets[key][1].append((param, entry))
@@ -315,7 +316,20 @@ class Optimizers:
                 if key not in lent:
                     lent[key] = Terms(view.clock, lender, entry, param, owner=own)
                 entry.terms = lent[key]
+        for bucket in buckets.values():
+            self._share_a_tally(bucket)
         return list(buckets.values())
+
+    def _share_a_tally(self, bucket: Bucket) -> None:
+        """Give the parameters of a bucket a tally that no others have."""
+        terms, pairs = bucket
+        before = terms.tally
+        terms.tally, parted = of_bucket(before, len(pairs))
+        for _, entry in pairs:
+            entry.progress.tally = terms.tally
+        for view in self.views() if parted else ():
+            if any(others.tally is before for others, _ in view.all_buckets()):
+                view.params = []  # another optimizer steps some of the parameters too
 
     def _belongs_to_given(self, entry: Entry, optimizer: Any) -> bool:
         """The hook of a parameter goes by an optimizer that was given, and `optimizer` is none."""

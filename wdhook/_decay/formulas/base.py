@@ -106,6 +106,18 @@ class Formula:
         """The multiple of a parameter that a payment with that number takes or adds."""
         return 1 - number
 
+    def kept(self, number: Number, gain: Number | None) -> Number | None:
+        """The factor by which decay alone multiplies a parameter in one step; None where nobody
+        can tell.
+
+        Args:
+            number: of the payment.
+            gain: the factor by which plain SGD multiplies a gradient, in this step and all later
+                ones together; None for another optimizer, or a formula that does not add to
+                gradients.
+        """
+        return number
+
     def taken(self, before: Tensor, change: Tensor, number: Number) -> Tensor:
         """The part of a change that is decay, for a formula that changes parameters.
 

@@ -23,6 +23,11 @@ class Coupled(Formula):
         """The number itself."""
         return number
 
+    def kept(self, number: Number, gain: Number | None) -> Number | None:
+        """1 − lr·λ, if the update is lr times the gradient."""
+        assert isinstance(number, float)
+        return None if gain is None else 1 - tensors.wide(gain) * abs(number)
+
     def pay_(self, due: Due, number: Number, how: How) -> Rest | None:
         """Add to each gradient, times the factor of the loss."""
         assert isinstance(number, float)
