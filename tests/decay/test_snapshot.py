@@ -401,3 +401,47 @@ def test_a_skipped_step_turns_nothing() -> None:
         optimizer.step()
         numbers = snapshot.to_dict()["groups"]["weight"]
     assert (numbers["change"], numbers["angle"], numbers["equilibrium"]) == (0.0, 0.0, 0.0)
+
+
+# -- toward a target -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", ["backward", "step"])
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_toward_a_target(mode: str, at: str) -> None:
+    """The share is that of λ·(p − t); the gradient is what the loss gave."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 5, bias=False).double()
+    start, lr, weight_decay = torch.randn(5, 6).double(), 0.1, 0.3
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    anchor = wdhook.Anchor({"weight": start})
+    x = torch.randn(4, 6).double()
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), model.weight)
+    with wdhook.attach(
+        model, weight_decay, mode=mode, at=at, optimizer=optimizer, toward=anchor
+    ) as decay:
+        model(x).square().sum().backward()
+        snapshot = decay.snapshot()
+        optimizer.step()
+    numbers = snapshot.to_dict()["groups"]["weight"]
+    away = before - start
+    taken, whole = weight_decay * away, gradient + weight_decay * away
+    if mode == "decoupled":
+        taken, whole = lr * weight_decay * away, before - model.weight.detach()
+    assert numbers["share"] == pytest.approx((taken.norm() / whole.norm()).item(), rel=1e-12)
+    assert numbers["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-12)
+    if mode == "coupled" or at == "step":  # else the parameter of now is the shrunk one
+        cos = (before * gradient).sum() / (before.norm() * gradient.norm())
+        assert numbers["cos"] == pytest.approx(cos.item(), rel=1e-12)
+    assert numbers["equilibrium"] is None
+
+
+def test_before_the_first_step_the_first_values_are_the_target() -> None:
+    """No decay yet: the distance is 0."""
+    model = nn.Linear(3, 2, bias=False)
+    with wdhook.attach(model, 0.1, mode="decoupled", at="step", toward="init") as decay:
+        model(torch.ones(1, 3)).sum().backward()
+        snapshot = decay.snapshot()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert snapshot.to_dict()["groups"]["weight"]["share"] == 0.0

@@ -83,6 +83,7 @@ class Dose(Mapping[str, "float | None"]):
       bound.
     - ``"independent"`` and ``"corrected"``: the formula's own factor in place of lr·λ.
     - Deferred decay of low precision counts in the step that it belongs to, written or not.
+    - Toward a target: of the distance from the target, in place of the weight.
     - Cautious decay: an upper bound, as if nothing had been masked.
     - Coupled decay: lr·λ of `torch.optim.SGD`, times (1 − dampening)/(1 − momentum), which holds to
       first order in lr·λ. None under any other optimizer. What clipping takes of a gradient with

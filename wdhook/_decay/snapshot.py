@@ -19,6 +19,7 @@ from . import tensors
 from .engine import Engine
 from .entry import Entry
 from .formulas import Formula
+from .memory import Memo
 from .optimizers import persistence, sgd_gain
 from .ownership import View
 from .state import State
@@ -44,6 +45,7 @@ class _Awaited(NamedTuple):
     param: Tensor
     before: Tensor
     decayed: bool
+    target: Tensor | None
 
     @property
     def shares(self) -> bool:
@@ -99,32 +101,48 @@ class Snapshot:
         self._with_gradient.add(key)
         g = _local(param.grad)
         gradient, product = _dot(g, g), _dot(p, g)
-        self._await(state, param, p, key, decayed)
+        target = _target(state, param, entry, decision) if decayed else None
+        self._await(state, param, p, key, decayed, target)
         added = _added(entry, param.grad, state) if entry is not None else 0.0
         if added is None:
             self._unknown.add(key)
             self._add(key, squared, squared, gradient, product)
             return
-        if added:  # the gradient is g + added·p: back to what the loss gave
-            gradient = (gradient - 2 * added * product + added**2 * squared).clamp(min=0)
-            product = product - added * squared
+        away, steep, along = squared, product, squared  # ‖d‖², ⟨d, g⟩, ⟨p, d⟩ of d = p − target
+        if target is not None:
+            d = p - target
+            away, steep, along = _dot(d, d), _dot(d, g), _dot(p, d)
+        if added:  # the gradient is g + added·d: back to what the loss gave
+            gradient = (gradient - 2 * added * steep + added**2 * away).clamp(min=0)
+            product = product - added * along
+            steep = steep - added * away
         α = added
         if not decayed or not state.config.in_gradient:
             α = 0.0
         elif entry is None or not entry.paid:
             α = 0.0 if state.pauses else λ
         zero = torch.zeros_like(squared)
-        whole = (gradient + 2 * α * product + α**2 * squared).clamp(min=0) if α else zero
-        self._add(key, squared, squared, gradient, product, α**2 * squared, whole)
+        whole = (gradient + 2 * α * steep + α**2 * away).clamp(min=0) if α else zero
+        self._add(key, squared, squared, gradient, product, α**2 * away, whole)
 
-    def _await(self, state: State, param: Tensor, p: Tensor, key: str, decayed: bool) -> None:
+    def _await(
+        self,
+        state: State,
+        param: Tensor,
+        p: Tensor,
+        key: str,
+        decayed: bool,
+        target: Tensor | None,
+    ) -> None:
         """Keep the values of a parameter from before its decay, until its step has ended."""
         entry = state.parameters.entry(param)
         was = None
         if entry is not None and entry.paid and not state.config.in_gradient:
             was = _written(entry)
-        before = p.clone() if was is None else p / was
-        self._awaited.append(_Awaited(state, key, param, before, decayed))
+        before = p.clone()
+        if was is not None:
+            before = p / was if target is None else target + (p - target) / was
+        self._awaited.append(_Awaited(state, key, param, before, decayed, target))
 
     def _add(self, key: str, *columns: Tensor) -> None:
         """Add one parameter to its group; the columns that are missing are 0."""
@@ -158,6 +176,8 @@ class Snapshot:
         """Note the decay's part of a change. Gives the change with the decay that was counted in
         place of the decay that was written."""
         before = awaited.before
+        if awaited.target is not None:
+            before = before - awaited.target
         taken = torch.zeros_like(before)
         if paid is not None:
             number = paid.receipt.number
@@ -175,7 +195,7 @@ class Snapshot:
         of_decayed = squared_angle = torch.zeros_like(squared)
         if awaited.decayed:
             square = None
-            if paid is not None:
+            if paid is not None and awaited.target is None:
                 square = _equilibrium(awaited.state.config.formula, paid)
             if square is None:
                 self._restless.add(key)
@@ -196,7 +216,8 @@ class Snapshot:
             - ``cos``: ⟨p, g⟩ / (‖p‖·‖g‖), 0 where the loss does not depend on the scale of p
               (Euler's identity);
             - ``share``: of decay. Coupled: ‖λ·p‖ / ‖g + λ·p‖. Otherwise: ‖lr·λ·p‖ over the norm of
-              all that the next step changes; None before that step.
+              all that the next step changes; None before that step. With a target p − t in place
+              of p.
 
             and, None before the next step has ended, of the parameters with a gradient:
 
@@ -206,7 +227,7 @@ class Snapshot:
               weights before a normalization, √(2·lr·λ) of plain SGD and
               √(2·lr·λ·(1 − β₁)/(1 + β₁)) of AdamW, in radians (Kosson et al. 2023,
               arXiv:2305.17212): a root mean square over the decayed parameters. None of exempt
-              parameters, of cautious decay, and of optimizers other than `torch.optim.SGD`,
+              parameters, of cautious decay, of a target, and of optimizers other than `torch.optim.SGD`,
               AdamW and, unless decay is coupled, Adam.
         """
         sums, moves = self._sums(self._rows, _COLUMNS), self._sums(self._moves, _MOVES)
@@ -289,6 +310,19 @@ def _key(by: By, decision: Decision) -> str:
             f"`by` must be 'role', 'name' or a function of a Decision.\n  got: {by!r}"
         )
     return str(decision.role) if by == "role" else decision.name
+
+
+def _target(state: State, param: Tensor, entry: Entry | None, decision: Decision) -> Tensor | None:
+    """The values to which decay draws a parameter in its next step, as this rank holds them; None
+    for 0."""
+    formula = state.config.formula
+    if not decision.toward:
+        return None
+    memo = Memo(decision)
+    if entry is not None and entry.memo is not None:
+        memo.target = entry.memo.target
+    formula.begin_(param, memo)
+    return None if memo.target is None else _local(tensors.here(memo.target, param))
 
 
 def _added(entry: Entry, grad: Tensor, state: State) -> float | None:
