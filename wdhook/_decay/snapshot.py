@@ -227,8 +227,8 @@ class Snapshot:
               weights before a normalization, √(2·lr·λ) of plain SGD and
               √(2·lr·λ·(1 − β₁)/(1 + β₁)) of AdamW, in radians (Kosson et al. 2023,
               arXiv:2305.17212): a root mean square over the decayed parameters. None of exempt
-              parameters, of cautious decay, of a target, and of optimizers other than `torch.optim.SGD`,
-              AdamW and, unless decay is coupled, Adam.
+              parameters, of cautious decay, of a target, and of optimizers other than
+              `torch.optim.SGD`, AdamW and, unless decay is coupled, Adam.
         """
         sums, moves = self._sums(self._rows, _COLUMNS), self._sums(self._moves, _MOVES)
         groups = {
