@@ -30,9 +30,10 @@ from ._base.errors import (
     WdhookWarning,
 )
 from ._decay.attach import adopt, attach
+from ._decay.check import Check
 from ._decay.dose import Dose, DoseClass
 from ._decay.functional import apply_weight_decay, l2_penalty
-from ._decay.handle import Check, WeightDecay
+from ._decay.handle import WeightDecay
 from ._decay.snapshot import Snapshot
 from ._plan.anchor import Anchor
 from ._plan.decide import param_groups, plan

@@ -7,11 +7,13 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from . import __version__
 from ._base.errors import WdhookError
+from ._base.terminal import folded_lines
+from ._base.text import did_you_mean, near
 from ._commands import audit, demo, doctor, inspect, optimizers
 from ._commands.help import HelpFormatter
 from ._commands.shared import (
@@ -20,7 +22,6 @@ from ._commands.shared import (
     INTERRUPTED,
     MODULE,
     UsageError,
-    did_you_mean,
     program,
 )
 
@@ -61,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             status: int = arguments.run(arguments)
             sys.stdout.flush()
         except (UsageError, WdhookError) as error:
-            print(f"{program()} {arguments.command}: error: {error}", file=sys.stderr)
+            said = f"{program()} {arguments.command}: error: {error}"
+            print(*folded_lines(said, sys.stderr), sep="\n", file=sys.stderr)
             return BAD_USAGE
         except KeyboardInterrupt:
             print(f"\n{program()} {arguments.command}: interrupted", file=sys.stderr)
@@ -88,11 +90,22 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         mine: argparse.ArgumentParser = known[arguments.command]
-        options = re.findall(r"--[\w-]+", mine.format_help())
-        first = next((word for word in unknown if word.startswith("-")), "")
-        near = did_you_mean(first.partition("=")[0], dict.fromkeys(options))
-        mine.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        first = next((word for word in unknown if word.startswith("--")), "")
+        advice = _about_option(first.partition("=")[0], arguments.command, known)
+        mine.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
     return arguments
+
+
+def _about_option(option: str, command: str, known: Mapping[str, argparse.ArgumentParser]) -> str:
+    """Name the commands that have an option, or else near options of this command."""
+    options = {}
+    for name, parser in known.items():
+        options[name] = {o[2:] for o in re.findall(r"--[\w-]+", parser.format_help())}
+    owners = [name for name in known if option[2:] in options[name]]
+    if owners:
+        return f". {option} is an option of: {', '.join(owners)}"
+    words = near(option[2:], options[command])
+    return f". Did you mean {' or '.join(f'--{word}' for word in words)}?" if words else ""
 
 
 def _parser() -> tuple[

@@ -14,6 +14,7 @@ from torch import nn
 
 import wdhook
 from wdhook import cli, plot
+from wdhook.plot.audit import outliers
 
 FILE = """
 import torch
@@ -53,7 +54,7 @@ def test_the_table_and_the_status(file: str, capsys: pytest.CaptureFixture[str])
     """
     assert cli.main(["audit", f"{file}:build", *INPUTS]) == 1
     out, err = capsys.readouterr()
-    assert out.startswith("audit of 5 tensors in evaluation mode: 1 contradict the plan")
+    assert out.startswith("audit of 5 tensors in evaluation mode: 1 contradicts the plan")
     assert out.endswith("overrides={\n    'mixer': 0.0,\n}\n")
     assert "running" in err
     assert "running" not in out
@@ -82,6 +83,7 @@ def test_json_and_the_mode(
     ("arguments", "pieces"),
     [
         (["--input", "randn(4, 7)"], ["raised an error", "TypeError", "rows"]),
+        ([], ["missing 1 required", "Give the inputs of the model, for example --input"]),
         (["--input", "__import__('os').getcwd()"], ["`--input` must be", "none of the factories"]),
         (["--input", "open('x')"], ["`--input` must be", "open is none of the factories"]),
     ],
@@ -187,8 +189,39 @@ def test_the_picture_rings_contradictions() -> None:
         marks for marks in figure.axes[0].collections if marks.get_label() == "contradicts the plan"
     )
     assert [round(x) for x, _ in rings.get_offsets()] == [0]
+    assert [text.get_text() for text in figure.axes[0].texts][1:] == ["mixer"]
+    title = figure.legends[0].get_title().get_text()
+    assert title == "audit of 3 tensors in training mode: 1 contradicts the plan; 0 undecided"
     plain = plot.audit(wdhook.audit(nn.Linear(3, 2), torch.randn(2, 3)))
     assert "contradicts the plan" not in [marks.get_label() for marks in plain.axes[0].collections]
+
+
+def test_the_picture_names_outliers() -> None:
+    """The one decayed weight whose scale matters, among five whose scale does not, has its name;
+    where half of them differ nobody is an outlier.
+    """
+    pytest.importorskip("matplotlib")
+    torch.manual_seed(0)
+    layers = [part for _ in range(5) for part in (nn.Linear(4, 4), nn.BatchNorm1d(4))]
+    found = wdhook.audit(nn.Sequential(*layers, nn.Linear(4, 2)), torch.randn(7, 4))
+    assert [label for label, _ in outliers(list(found.values()))] == ["10.weight"]
+    half = wdhook.audit(nn.Sequential(*layers[:2], nn.Linear(4, 2)), torch.randn(7, 4))
+    assert outliers(list(half.values())) == []
+
+
+def test_an_audit_is_drawn_into_given_axes() -> None:
+    """`ax=` takes axes of a figure of your own, which gets no title."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    mine = Figure()
+    left, right = mine.subplots(1, 2)
+    assert plot.audit(wdhook.audit(nn.Linear(3, 2), torch.randn(2, 3)), ax=right) is mine
+    assert right.collections
+    assert not left.collections
+    assert right.get_legend() is not None
+    assert not mine.legends
+    assert mine.get_suptitle() == ""
 
 
 def test_an_audit_without_gradients_has_a_picture(tmp_path: Path) -> None:

@@ -360,7 +360,7 @@ def test_small_activations_behind_an_eps_in_code_do_not_silence_the_model() -> N
     found = wdhook.audit(_divided(1e-2), ROWS * 0.1)
     assert found.eps_share > 0.1
     assert [found[n].invariant for n in ("0.weight", "2.weight")] == [True, False]
-    assert "the eps of a normalization takes part by" in str(found)
+    assert "eps makes scale invariance approximate (" in str(found)
 
 
 def test_where_eps_hides_everything_nothing_is_told() -> None:

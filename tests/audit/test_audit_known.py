@@ -282,7 +282,7 @@ def test_outputs_and_gradients_that_disagree_are_named(case: str) -> None:
     assert found["w"].invariant is None
     assert found["w"].doubt == "undecided: outputs and gradients disagree"
     assert found.stopped == ("w",)
-    assert "outputs and gradients disagree for 1 tensors" in str(found)
+    assert "outputs and gradients disagree for 1 tensor" in str(found)
 
 
 AGREE: dict[str, tuple[Callable[[Any, Tensor], Tensor], bool]] = {

@@ -261,4 +261,4 @@ def test_the_headline_counts_both() -> None:
     """The first line tells how many uses contradict the plan, and how many are undecided."""
     model = Of(lambda m, x: (x * m.mixer) @ m.w, mixer=r(4, 6), w=r(6, 3), idle=r(3))
     line = str(wdhook.audit(model, r(2, 4, 6))).splitlines()[0]
-    assert line == "audit of 3 tensors in training mode: 1 contradict the plan; 1 undecided"
+    assert line == "audit of 3 tensors in training mode: 1 contradicts the plan; 1 undecided"

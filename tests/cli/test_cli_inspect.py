@@ -19,7 +19,6 @@ import wdhook.plot
 from wdhook import cli
 from wdhook._commands.inputs import parse_inputs, parse_kwargs
 from wdhook._commands.shared import UsageError
-from wdhook._commands.tables import fold_name
 from wdhook._commands.targets import load
 
 FILE = """
@@ -34,6 +33,9 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.gamma = nn.Parameter(torch.ones(width, 1))
         self.mixer = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.norm(self.fc(x)) * self.gamma.mT * self.mixer
 
 def build(depth=2, width=WIDTH):
     return nn.Sequential(*(Block(width) for _ in range(depth)))
@@ -98,6 +100,11 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0
     return json.loads(inspect(capsys, *arguments, "--json", status=status))
 
 
+def printed(plan: wdhook.Plan) -> str:
+    """The text of `inspect` for a plan: an option settles guesses, in place of an argument."""
+    return f"{plan}\n".replace("an audit or inputs= settles", "--input settles")
+
+
 # -- what is built ---------------------------------------------------------------------------------
 
 
@@ -108,10 +115,10 @@ def test_plain_output_is_that_of_print(
     target: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A function, a member of a class or a model in a file, or in a module: what is printed is
-    `print(plan)`."""
+    `print(plan)`, with the option that settles guesses in place of the argument."""
     sys.path.insert(0, str(folder))
     out = inspect(capsys, target, "--weight-decay", "0.01")
-    assert out == f"{wdhook.plan(build(), 0.01)}\n"
+    assert out == printed(wdhook.plan(build(), 0.01))
     assert "0-1.fc.weight ×2" in out
 
 
@@ -188,11 +195,40 @@ def test_overrides_by_name_and_by_role(folder: Path, capsys: pytest.CaptureFixtu
     assert {value for name, value in λs.items() if name.startswith("1.")} == {(0.0, False)}
 
 
+def test_inputs_settle_guesses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--input` runs the model: what was a guess follows its use, as with `inputs=` of `plan`."""
+    net = build()
+    assert [n for n, d in wdhook.plan(net, 1e-4).items() if d.guess] == ["0.mixer", "1.mixer"]
+    out = inspect(capsys, "models.py:build", "--input", "randn(2, 4)")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        settled = wdhook.plan(net, 1e-4, inputs=torch.randn(2, 4))
+    assert out == f"{settled}\n"
+    assert "guess" not in out
+    found = as_json(capsys, "models.py:build", "--input", "input=randn(2, 4)", "--only", "guessed")
+    assert found["parameters"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "piece"),
+    [
+        (["--input", "randn(2, 3)"], "models.py:build raised an error"),
+        (["--input", "randm(2, 4)"], "randm is none of the factories. Did you mean rand"),
+        (["--input", "randn(2, 4)", "--recipe", "timm"], "Leave out --input or --recipe"),
+    ],
+)
+def test_inputs_that_settle_nothing(
+    arguments: list[str], piece: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twin: inputs that do not fit, that are no inputs, and where there is no guess."""
+    assert piece in inspect(capsys, "models.py:build", *arguments, status=2)
+
+
 def test_only_and_summary(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`--only` shows a part, `--summary` nothing but totals, which are of all parameters in each
     case."""
     plan = wdhook.plan(build(), 1e-4)
-    head, _, totals = str(plan).split("\n\n")
+    head, _, totals = printed(plan).rstrip("\n").split("\n\n")
     assert inspect(capsys, "models.py:build", "--summary") == f"{head}\n\n{totals}\n"
     parts = {
         "decayed": [n for n, d in plan.items() if d.weight_decay],
@@ -252,9 +288,9 @@ def test_diff_ends_like_diff(folder: Path, capsys: pytest.CaptureFixture[str]) -
         out == f"{wdhook.plan(build(), 1e-4).diff(wdhook.plan(build(), 1e-4, recipe='nanogpt'))}\n"
     )
     assert "0-1.gamma ×2" in out  # two dimensions, and no weight
-    assert "2 tensors with 8 elements are decided differently" in out
+    assert "2 tensors with 8 elements get a different λ" in out
     same = inspect(capsys, "models.py:build", "--recipe", "nanogpt", "--diff", "nanogpt")
-    assert same == "0 tensors with 0 elements are decided differently\n"
+    assert same == "0 tensors with 0 elements get a different λ\n"
     assert (
         inspect(capsys, "models.py:build", "--diff", "nanogpt", "--summary", status=1).count("\n")
         == 1
@@ -289,7 +325,7 @@ def test_a_wide_terminal_has_the_same_table_in_colour(
     """Decayed rows are green, exempt ones faint, guesses bold; without the codes it is
     `print(plan)`."""
     drawn = on_terminal(monkeypatch, 200, "models.py:build")
-    assert CODES.sub("", drawn) == f"{wdhook.plan(build(), 1e-4)}\n"
+    assert CODES.sub("", drawn) == printed(wdhook.plan(build(), 1e-4))
     lines = dict(line.split("0-1.", 1)[::-1] for line in drawn.splitlines() if "0-1." in line)
     codes = {name.split()[0]: code for name, code in lines.items()}
     assert codes == {
@@ -313,7 +349,7 @@ def test_colour_can_be_declined(
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr(sys, "stdout", terminal)
     assert cli.main(["inspect", "models.py:build"]) == 0
-    assert terminal.getvalue() == f"{wdhook.plan(build(), 1e-4)}\n"
+    assert terminal.getvalue() == printed(wdhook.plan(build(), 1e-4))
 
 
 LONG = "d_model=4, nhead=2, dim_feedforward=4, batch_first=True"
@@ -339,19 +375,6 @@ def test_a_pipe_gets_the_whole_table(
     monkeypatch.setenv("COLUMNS", "60")
     out = inspect(capsys, "torch.nn:Transformer", "--kwargs", LONG)
     assert max(map(len, out.splitlines())) > 60
-
-
-@pytest.mark.parametrize(
-    ("name", "width", "lines"),
-    [
-        ("layers.0.fc.weight", 18, ["layers.0.fc.weight"]),
-        ("layers.0-11.self_attn.weight ×12", 18, ["layers.0-11", "  .self_attn", "  .weight ×12"]),
-        ("a" * 20, 8, ["a" * 8, "  " + "a" * 6, "  " + "a" * 6]),
-    ],
-)
-def test_names_fold_at_dots(name: str, width: int, lines: list[str]) -> None:
-    """A name is broken before a dot, and only a component that is too wide anywhere else."""
-    assert fold_name(name, width) == lines
 
 
 def test_modules_at_a_depth(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -391,7 +414,7 @@ def test_the_plan_is_drawn_too(
     it is an error."""
     pytest.importorskip("matplotlib")
     out = inspect(capsys, "models.py:build", "--plot", "plan.png")
-    assert out == f"{wdhook.plan(build(), 1e-4)}\n"
+    assert out == printed(wdhook.plan(build(), 1e-4))
     stream = io.BytesIO()
     wdhook.plot.plan(wdhook.plan(build(), 1e-4)).savefig(stream)
     assert (folder / "plan.png").read_bytes() == stream.getvalue()
@@ -425,8 +448,8 @@ def test_the_plan_is_drawn_too(
         (["torch.nn:Linear", "--kwargs", "a=open('x')"], ["literals for values"]),
         (["models.py:ready", "--kwargs", "a=1"], ["is a model already"]),
         (["models.py:build", "--override", "no=0"], ["matches nothing", "selector: 'no'"]),
-        (["models.py:build", "--override", "nrom=0"], ["matches nothing", "Did you mean norm?"]),
-        (["models.py:build", "--override", "0.fc.wieght=0"], ["Did you mean 0.fc.weight"]),
+        (["models.py:build", "--override", "nrom=0"], ["matches nothing", "Did you mean 'norm'?"]),
+        (["models.py:build", "--override", "0.fc.wieght=0"], ["Did you mean '0.fc.weight'"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )  # fmt: skip

@@ -17,7 +17,7 @@ from torch.optim import optimizer as torch_optimizer
 import wdhook
 from wdhook import cli, plot
 from wdhook._commands import digits as _demo
-from wdhook._commands.digits_timing import paired_ratio
+from wdhook._commands.digits_timing import meaning, paired_ratio
 
 ROW = re.compile(
     r"^ *(\([a-d]\)) .*?  +(\d+\.\d+)% +(\d+\.\d+) +(\d+\.\d+) +(1|–|\d+\.\d+ \(.*\)) *$",
@@ -39,7 +39,8 @@ class Ran(NamedTuple):
         return {arm: tuple(map(float, numbers)) for arm, *numbers, _ in ROW.findall(self.out)}
 
     def without_times(self) -> str:
-        return ROW.sub(lambda row: row[0][: row.start(5) - row.start()].rstrip(), self.out)
+        rows = ROW.sub(lambda row: row[0][: row.start(5) - row.start()].rstrip(), self.out)
+        return re.sub(r"(?m)^  \(d\) and \(c\): .*(\n  tiny; .*)?$", "", rows)
 
 
 def run(folder: Path, epochs: int = 2, seed: int = 0) -> Ran:
@@ -202,6 +203,23 @@ def test_the_interval_is_that_of_the_sign_test(rounds: int, rank: int) -> None:
     found = paired_ratio([float(i) for i in range(1, rounds + 1)], [1.0] * rounds)
     assert found is not None
     assert (found.low, found.high) == (rank + 1, rounds - rank)
+
+
+@pytest.mark.parametrize(
+    ("factors", "said"),
+    [
+        ([1.5] * 6, "about 1000 µs more in a step of 2.0 ms."),
+        ([0.75] * 6, "about 500 µs less in a step of 2.0 ms."),
+        ([0.5, 0.5, 0.5, 1.5, 1.5, 1.5], "no difference, as 1 lies in the interval."),
+        ([1.5] * 5, ""),
+    ],
+)
+def test_the_ratio_is_explained(factors: list[float], said: str) -> None:
+    """Microseconds where the interval lies on one side of 1, and no claim where it does not."""
+    times = {"(c) one": [0.002] * len(factors), "(d) two": [0.002 * f for f in factors]}
+    text = meaning(times, "(d) two", "(c) one")
+    assert said in text
+    assert bool(said) == text.startswith("(d) and (c): ")
 
 
 def test_few_rounds_have_no_interval(short: Short) -> None:

@@ -242,7 +242,11 @@ def test_double_decay_and_decay_of_what_is_exempt(doctor: Callable[..., Any]) ->
     all."""
     net = model()
     found = doctor(lambda: (net, AdamW(net.parameters()), lambda: loss(net)))
-    assert kinds(found) == [("error", "double-decay"), ("warning", "exempt-decayed")]
+    assert kinds(found) == [
+        ("error", "double-decay"),
+        ("warning", "exempt-decayed"),
+        ("note", "default-mode"),
+    ]
     assert names(found, "double-decay") == ["0.weight", "2.weight"]
     assert names(found, "exempt-decayed") == ["0.bias", "1.weight", "1.bias", "2.bias"]
     assert (
@@ -541,7 +545,11 @@ def test_param_groups_beside_a_handle_are_double_decay(doctor: Callable[..., Any
     groups[0]["params"] = [*groups[0]["params"], net[0].bias]
     groups[1]["params"] = [p for p in groups[1]["params"] if p is not net[0].bias]
     found = doctor(loss_and(net, AdamW(groups)))
-    assert kinds(found) == [("error", "double-decay"), ("warning", "exempt-decayed")]
+    assert kinds(found) == [
+        ("error", "double-decay"),
+        ("warning", "exempt-decayed"),
+        ("note", "default-mode"),
+    ]
     assert names(found, "exempt-decayed") == ["0.bias"]
 
 
@@ -637,7 +645,7 @@ def test_findings_carry_the_rule_of_the_engine(doctor: Callable[..., Any]) -> No
     """Errors, warnings and looks name the rule; what the doctor alone looks at has none."""
     net = model()
     found = doctor(loss_and(net, AdamW(net.parameters())))
-    assert [f["rule"] for f in found["findings"]] == ["own-decay", ""]
+    assert [f["rule"] for f in found["findings"]] == ["own-decay", "", "default-mode"]
     found = doctor(loss_and(net, KeepsTwo(net.parameters())), "--mode", "decoupled")
     assert [f["rule"] for f in found["findings"]] == ["two-sequences"]
 
@@ -714,7 +722,7 @@ def test_names_are_shortened_in_text_alone(
     out = capsys.readouterr().out
     shown = "0.weight, 1.weight, 2.weight, 3.weight, 4.weight, 5.weight"
     assert f"  parameters: 10: {shown}, ... 4 more\n" in out
-    assert out.endswith("1 error, 1 warning, 0 notes\n")
+    assert out.endswith("1 error, 1 warning, 1 note\n")
 
 
 # -- what make() may return ------------------------------------------------------------------------
@@ -755,4 +763,4 @@ def test_the_form_of_what_make_returns_is_free(make: Make, doctor: Callable[...,
 
 def test_an_override_that_matches_nothing_gets_near_names(doctor: Callable[..., Any]) -> None:
     """A slip in a role or a name is answered by a question."""
-    assert "Did you mean norm?" in doctor(healthy, "--override", "nrom=true")
+    assert "Did you mean 'norm'?" in doctor(healthy, "--override", "nrom=true")

@@ -12,7 +12,7 @@ import wdhook
 
 
 def net() -> nn.Sequential:
-    """Two weights, of 12 and 8 elements."""
+    """Two eligible tensors, of 12 and 8 elements."""
     return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
 
 
@@ -49,7 +49,8 @@ def test_coupled(at: str) -> None:
         assert check.steps == 1
         assert check.numel == 20
         assert str(check) == (
-            "Decay works: step 1 decayed 2 of 2 weights, 20 elements; 0.25·p added to the gradient."
+            "Decay works: step 1 decayed 2 of 2 eligible tensors, 20 elements; "
+            "λ·p = 0.25·p added to the gradient."
         )
         assert str(decay) == str(check)
 
@@ -66,7 +67,9 @@ def test_decoupled(at: str) -> None:
         assert measured(model, optimizer, "0.weight") == pytest.approx(0.0625, rel=1e-5)  # as above
         assert decay.check().decayed == {"0.weight": 0.0625, "1.weight": 0.0625}
         assert "step 2" in decay.check().sentence
-        assert decay.check().sentence.endswith("0.0625·p subtracted from the parameter.")
+        assert decay.check().sentence.endswith(
+            "elements; lr·λ·p = 0.0625·p subtracted from the parameter; λ is 0.25."
+        )
 
 
 def test_several_numbers() -> None:
@@ -93,7 +96,7 @@ def test_frozen_weights_do_not_count() -> None:
         assert check.ok
         assert check.decayed.keys() == {"1.weight"}
         assert check.frozen == ["0.weight"]
-        assert "1 of 1 weights, 8 elements" in str(check)
+        assert "1 of 1 eligible tensors, 8 elements" in str(check)
         assert "  frozen: 1: 0.weight" in str(check)
         assert "decayed=1 of 4 tensors, frozen=1, steps=1" in repr(decay)
         model[0].requires_grad_(True)
@@ -116,7 +119,9 @@ def test_a_weight_without_a_gradient_is_named() -> None:
         check = decay.check()
         assert not check.ok
         assert check.undecayed == ["spare.weight"]
-        assert check.sentence.startswith("Decay is incomplete: step 1 decayed 2 of 3 weights")
+        assert check.sentence.startswith(
+            "Decay is incomplete: step 1 decayed 2 of 3 eligible tensors"
+        )
         assert "  no decay so far: 1: spare.weight\n" in str(check)
         assert "doctor" in str(check)
         optimizer.zero_grad()
@@ -201,7 +206,8 @@ def test_paused() -> None:
             assert not check.ok
             assert check.absent == ["0.weight", "1.weight"]
             assert (
-                check.sentence == "Nothing was decayed by step 2 (decay is paused): 0 of 2 weights."
+                check.sentence
+                == "Nothing was decayed by step 2 (decay is paused): 0 of 2 eligible tensors."
             )
         step(model, optimizer)
         assert decay.check().ok

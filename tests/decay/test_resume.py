@@ -291,7 +291,7 @@ def test_both_ways_out_of_a_checkpoint_that_decays(way: str) -> None:
     optimizer.load_state_dict(state["optimizer"])
     pattern = (
         r"(?s)param_groups\[0\]\['weight_decay'\] = 0.05"
-        r".*set it to 0 after optimizer.load_state_dict"
+        r".*again after loading a checkpoint of it"
     )
     with pytest.raises(wdhook.DoubleDecayError, match=pattern):
         train(model, optimizer, batches(model, 1, seed=2))

@@ -33,15 +33,55 @@ SLIPS: dict[str, tuple[Callable[[], object], list[str]]] = {
     "parameters": (lambda: attach(MODEL.parameters(), 1e-4), ["`model`", "got: generator"]),
     "an optimizer by position": (
         lambda: attach(MODEL, 1e-4, OPTIMIZER),
-        ["by name", "third argument: SGD", "optimizer=..."],
+        ["by name", "third argument: SGD", "finds the optimizer by itself", "optimizer=optimizer"],
     ),
+    "a mode by position": (
+        lambda: attach(MODEL, 1e-4, "decoupled"),
+        ["by name", "third argument: str", "attach(model, weight_decay, mode='decoupled')"],
+    ),
+    "something by position": (lambda: attach(MODEL, 1e-4, 3), ["by name", "mode=..., at=..."]),
     "a factory of schedules": (
         lambda: attach(MODEL, wdhook.schedules.cosine),
         ["makes schedules", "wdhook.schedules.cosine(...)"],
     ),
-    "a mode": (lambda: attach(MODEL, 1e-4, mode="decupled"), ["'decoupled'", "got: 'decupled'"]),
-    "a moment": (lambda: attach(MODEL, 1e-4, at="steps"), ["'step'", "got: 'steps'"]),
-    "a recipe": (lambda: attach(MODEL, 1e-4, recipe="tim"), ["`recipe`", "'timm'", "got: 'tim'"]),
+    "a mode": (
+        lambda: attach(MODEL, 1e-4, mode="decupled"),
+        ["got: 'decupled'. Did you mean 'decoupled'"],
+    ),
+    "a moment": (lambda: attach(MODEL, 1e-4, at="steps"), ["got: 'steps'. Did you mean 'step'?"]),
+    "a precision": (
+        lambda: attach(MODEL, 1e-4, mode="decoupled", at="step", low_precision="rond"),
+        ["`low_precision`", "got: 'rond'. Did you mean 'round'?"],
+    ),
+    "a mode of one shot": (
+        lambda: wdhook.apply_weight_decay(MODEL, weight_decay=0.1, mode="copled"),
+        ["got: 'copled'. Did you mean 'coupled'"],
+    ),
+    "one shot without λ": (
+        lambda: wdhook.apply_weight_decay(MODEL),
+        ["weight_decay: not given\n  Write apply_weight_decay(model, weight_decay=1e-4)"],
+    ),
+    "a mode in capitals": (
+        lambda: attach(MODEL, 1e-4, mode="Decoupled"),
+        ["Did you mean 'decoupled'"],
+    ),
+    "a mode by the name of an optimizer": (
+        lambda: attach(MODEL, 1e-4, mode="AdamW"),
+        ["got: 'AdamW'. Did you mean 'decoupled'?"],
+    ),
+    "a mode by another name": (
+        lambda: attach(MODEL, 1e-4, mode="l2"),
+        ["Did you mean 'coupled'?"],
+    ),
+    "a class": (
+        lambda: attach(nn.Linear, 1e-4),
+        ["got: type", "not its class: wdhook.attach(Linear(...), weight_decay)"],
+    ),
+    "a mode of another kind": (lambda: attach(MODEL, 1e-4, mode=3), ["one of", "got: 3"]),
+    "a recipe": (
+        lambda: attach(MODEL, 1e-4, recipe="tim"),
+        ["`recipe`", "got: 'tim'. Did you mean 'timm'?"],
+    ),
     "a list of overrides": (lambda: attach(MODEL, 1e-4, overrides=["bias"]), ["mapping", "list"]),
     "a model as optimizer": (lambda: attach(MODEL, 1e-4, optimizer=MODEL), ["param_groups"]),
 }

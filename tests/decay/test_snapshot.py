@@ -163,6 +163,21 @@ def test_groups() -> None:
         handle.snapshot()
 
 
+def test_a_snapshot_in_a_notebook() -> None:
+    """HTML with a row for each group and a column for each number; nothing where none is known."""
+    model = nn.Linear(1, 1)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    with wdhook.attach(model, 0.5) as decay:
+        empty = decay.snapshot()._repr_html_()
+        model(torch.ones(1, 1)).sum().backward()
+        text = decay.snapshot()._repr_html_()
+    assert "<p>step 0, weight decay 0.5</p>" in text
+    assert "<td>weight</td><td>1</td><td>2</td><td>1</td><td>1</td><td>0.5</td>" in text
+    assert text.count("<tr>") == 1 + 2
+    assert "<td>weight</td><td>1</td><td>2</td><td></td>" in empty
+
+
 def test_without_gradients() -> None:
     """What is not there is None, and no number to log."""
     model = perceptron()

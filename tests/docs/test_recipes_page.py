@@ -113,7 +113,7 @@ def test_lightning_cli(tmp_path: Path) -> None:
     """The script with its YAML file; a slip in the file is an error before training begins."""
     done = run_cli(tmp_path / "right", YAML)
     assert done.returncode == 0, done.stderr
-    assert "Decay works: step 8 decayed 2 of 2 weights" in done.stdout
+    assert "Decay works: step 8 decayed 2 of 2 eligible tensors" in done.stdout
     assert "1e-05·p (1)" in done.stdout  # the override: 0.01 times the learning rate
     done = run_cli(tmp_path / "wrong", YAML.replace("decoupled", "decupled"))
     assert done.returncode != 0

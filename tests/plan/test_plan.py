@@ -177,7 +177,7 @@ def test_diff() -> None:
     assert (len(same), same.numel, str(same)) == (
         0,
         0,
-        "0 tensors with 0 elements are decided differently",
+        "0 tensors with 0 elements get a different λ",
     )
     other = wdhook.plan(model, 0.5).diff(wdhook.plan(nn.Linear(2, 2), 0.5))
     assert "absent" in str(other)

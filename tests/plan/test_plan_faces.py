@@ -181,6 +181,10 @@ def test_a_plan_in_a_notebook() -> None:
     assert text.count("<tr>") == 3 + 4
     assert "a&lt;b.weight" in text
     assert "a<b" not in text
+    diff = wdhook.plan(model, 0.5).diff(wdhook.plan(model, 0.25))
+    assert diff._repr_html_().count("<tr>") == 2
+    assert "1 tensor with 4 elements gets a different λ" in diff._repr_html_()
+    assert "<table>" not in wdhook.plan(model, 0.5).diff(wdhook.plan(model, 0.5))._repr_html_()
 
 
 # --------------------------------------------------------------------------------------- selectors

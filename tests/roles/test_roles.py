@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from twins import assert_linear, calls
 
+import wdhook
 from wdhook._roles.classifier import DECAYED_ROLES, Role, classify
 from wdhook._roles.vocabulary import Family, family_of
 
@@ -552,3 +553,20 @@ def test_the_cost_is_linear() -> None:
         return calls(lambda: classify(model))
 
     assert_linear(cost, 300)
+
+
+def test_reasons_name_classes_that_readers_know() -> None:
+    """A private class of torch goes by its public base; a class of the user by its own name."""
+
+    class Router(nn.Linear):
+        pass
+
+    def reason(module: nn.Module, name: str) -> str:
+        return wdhook.plan(module, 0.5)[name].reason
+
+    assert reason(nn.MultiheadAttention(4, 2), "out_proj.weight") == "owner is nn.Linear"
+    assert reason(Router(4, 2), "weight") == "owner is Router, an nn.Linear"
+    router = nn.utils.parametrizations.orthogonal(Router(4, 4))
+    assert reason(router, "bias") == "owner is Router, an nn.Linear"
+    with pytest.raises(wdhook.SelectorError, match="classes there are: Linear, MultiheadAttention"):
+        wdhook.plan(nn.MultiheadAttention(4, 2), 0.5, overrides={nn.Conv2d: 0.0})

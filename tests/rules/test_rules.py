@@ -206,7 +206,7 @@ AT_ATTACH: dict[
         lambda m: wdhook.attach(m, 1e-4, mode="decoupled", lr=lambda group: 0.1),
         wdhook.LearningRateError,
         ValueError,
-        ("optimizer: None",),
+        ("optimizer: not given", "lr: <function"),
     ),
     "two sequences of weights": (
         lambda m: wdhook.attach(m, 1e-4, mode="decoupled", optimizer=two_sequences(m.parameters())),

@@ -166,7 +166,8 @@ class Audit(Mapping[str, Finding]):
     def __repr__(self) -> str:
         invariant = sum(1 for finding in self.values() if finding.invariant)
         against = len(self.contradictions)
-        return f"Audit({len(self)} tensors, {against} contradict the plan, {invariant} invariant)"
+        verb = "contradicts" if against == 1 else "contradict"
+        return f"Audit({len(self)} tensors, {against} {verb} the plan, {invariant} invariant)"
 
 
 def _plain(finding: Finding) -> dict[str, Any]:

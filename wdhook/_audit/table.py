@@ -5,7 +5,9 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Protocol
 
-from .._base.text import Row, aligned, fold_by
+from .._base.markup import html_paragraph, html_table
+from .._base.terminal import paragraph, table
+from .._base.text import Row, fold_by
 from .finding import Finding
 
 if TYPE_CHECKING:
@@ -44,15 +46,13 @@ class Audited(Protocol):
 
 def audit_table(audit: Audited) -> str:
     """Return the audit as text: headlines, the table, and the overrides to paste."""
-    return "\n".join([*headlines(audit), "", *aligned(audit_rows(audit)), *advice(audit)])
+    head = [line for text in headlines(audit) for line in paragraph(text)]
+    return "\n".join([*head, "", *table(audit_rows(audit)), *advice(audit)])
 
 
 def audit_html(audit: Audited) -> str:
     """Return the audit as HTML, for notebooks."""
-    head, *rows = audit_rows(audit)
-    lines = [*map(_paragraph, headlines(audit)), "<table>", _html_row("th", head)]
-    lines += [_html_row("td", row) for row in rows]
-    lines.append("</table>")
+    lines = [*map(html_paragraph, headlines(audit)), html_table(audit_rows(audit))]
     pasted = "\n".join(advice(audit)[1:])
     if pasted:
         lines.append(f"<pre>{escape(pasted)}</pre>")
@@ -63,19 +63,19 @@ def headlines(audit: Audited) -> list[str]:
     """Return the audit in two to four lines."""
     mode = "training" if audit.training else "evaluation"
     against, undecided = len(audit.contradictions), len(audit.undecided)
+    verb = "contradicts" if against == 1 else "contradict"
     lines = [
-        f"audit of {len(audit)} tensors in {mode} mode: "
-        f"{against} contradict the plan; {undecided} undecided",
+        f"audit of {_tensors(len(audit))} in {mode} mode: "
+        f"{against} {verb} the plan; {undecided} undecided",
         _scale_line(audit),
     ]
     if audit.eps_share >= _NOTABLE_SHARE:
         lines.append(
-            f"the eps of a normalization takes part by {audit.eps_share:.1%}: "
-            "so far the scale still matters"
+            f"a normalization's eps makes scale invariance approximate ({audit.eps_share:.1%})"
         )
     if audit.stopped:
         lines.append(
-            f"outputs and gradients disagree for {len(audit.stopped)} tensors: "
+            f"outputs and gradients disagree for {_tensors(len(audit.stopped))}: "
             "a stop-gradient or a straight-through estimator"
         )
     return lines
@@ -104,8 +104,12 @@ def _scale_line(audit: Audited) -> str:
     elements = sum(finding.numel for finding in free)
     return (
         f"scale invariance in {audit.dtype}: decay acts on the step size alone in "
-        f"{len(free)} decayed tensors, {elements:,} elements"
+        f"{len(free)} decayed {'tensor' if len(free) == 1 else 'tensors'}, {elements:,} elements"
     )
+
+
+def _tensors(number: int) -> str:
+    return "1 tensor" if number == 1 else f"{number} tensors"
 
 
 def _cells(finding: Finding) -> Row:
@@ -136,11 +140,3 @@ def _acts_on(finding: Finding) -> str:
     if not finding.trainable:
         return "frozen"
     return finding.acts_on or finding.doubt
-
-
-def _paragraph(line: str) -> str:
-    return f"<p>{escape(line)}</p>"
-
-
-def _html_row(tag: str, cells: Row) -> str:
-    return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"

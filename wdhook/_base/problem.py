@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from textwrap import indent
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class Problem:
     Attributes:
         what: the broken rule, in a sentence or two.
         facts: labels and values, in the order of the message.
-        fix: the call or the change that mends the training.
+        fix: the call or the change that mends the training; code on lines of its own is indented.
         parameters: names of the parameters concerned.
     """
 
@@ -24,4 +25,4 @@ class Problem:
 
     def __str__(self) -> str:
         facts = [f"  {label}: {value}" for label, value in self.facts.items()]
-        return "\n".join([self.what, *facts, f"  {self.fix}"])
+        return "\n".join([self.what, *facts, indent(self.fix, "  ")])

@@ -1,9 +1,10 @@
-"""Rows of text: folds neighbours with names that differ in numbers alone, and aligns columns."""
+"""Rows of text: folds names that differ in numbers alone, and aligns columns. Near words."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from typing import Protocol, TypeVar
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a path component: the 3 of "layers.3.fc"
@@ -75,3 +76,35 @@ def aligned(rows: Sequence[Row], right: Iterable[int] = ()) -> list[str]:
         for row in rows
     ]
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def short(number: float, digits: int = 6) -> str:
+    """A number as people type it: 5e-5, and not 5e-05."""
+    return re.sub(r"e([-+])0+", r"e\1", f"{number:.{digits}g}")
+
+
+def or_not_given(value: object) -> str:
+    """An argument as text, and None in words."""
+    return "not given" if value is None else repr(value)
+
+
+def near(text: str, known: Iterable[str]) -> list[str]:
+    """Up to three known words that resemble a text, the nearest first. Case does not count."""
+    words: dict[str, str] = {}
+    for word in known:
+        words.setdefault(word.lower(), word)
+    return [words[word] for word in get_close_matches(text.lower(), words, n=3)]
+
+
+def did_you_mean(text: object, known: Iterable[str], quoted: bool = False) -> str:
+    """A question to append to an error, or nothing where no known word is near.
+
+    Args:
+        text: as the user gave it; what is no string resembles nothing.
+        known: the words that have a meaning.
+        quoted: write words as Python does, and not as a shell.
+    """
+    found = near(text, known) if isinstance(text, str) else []
+    if quoted:
+        found = [repr(word) for word in found]
+    return f". Did you mean {' or '.join(found)}?" if found else ""

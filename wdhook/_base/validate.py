@@ -1,12 +1,14 @@
-"""Checks the numbers that users give."""
+"""Checks the numbers and the words that users give."""
 
 from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Collection, Mapping
 from typing import TypeGuard
 
 from .errors import ArgumentError
+from .text import did_you_mean
 
 
 def check_factor(value: object, argument: str = "weight_decay") -> float:
@@ -27,6 +29,29 @@ def check_factor(value: object, argument: str = "weight_decay") -> float:
             f"`{argument}` must be finite and not negative.\n  got: {_shortened(value)}"
         )
     return λ
+
+
+def check_choice(
+    argument: str, value: object, choices: Collection[str], also: Mapping[str, str] | None = None
+) -> None:
+    """Check a word.
+
+    Args:
+        argument: name of the argument.
+        value: as the user gave it.
+        choices: the words that have a meaning.
+        also: words that others use, in lower case → the choice.
+
+    Raises:
+        ArgumentError: `value` is none of the choices; the message has the nearest.
+    """
+    if isinstance(value, str) and value in choices:
+        return
+    meant = (also or {}).get(str(value).lower())
+    question = f". Did you mean {meant!r}?" if meant else did_you_mean(value, choices, quoted=True)
+    raise ArgumentError(
+        f"`{argument}` must be one of {', '.join(map(repr, choices))}.\n  got: {value!r}{question}"
+    )
 
 
 def is_number(value: object) -> TypeGuard[float]:

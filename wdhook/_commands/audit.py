@@ -8,9 +8,10 @@ import json
 from .._audit.report import Audit
 from .._audit.run import audit
 from .._audit.table import advice, audit_rows, headlines
+from .._base.terminal import paragraph
 from .inputs import parse_inputs
-from .plans import print_table
-from .shared import FOUND, Commands, add_command
+from .shared import FOUND, Commands, UsageError, add_command
+from .tables import print_table
 from .targets import TARGETS, build_model, users_code
 
 SCHEMA = "wdhook.audit/1"
@@ -91,8 +92,14 @@ def run(arguments: argparse.Namespace) -> int:
     model, _ = build_model(arguments.target, arguments.kwargs)
     if arguments.training is not None:
         model.train(arguments.training)
-    with users_code(arguments.target):
-        found = audit(model, *args, **kwargs)
+    try:
+        with users_code(arguments.target):
+            found = audit(model, *args, **kwargs)
+    except UsageError as error:
+        if arguments.input:
+            raise
+        advice = "Give the inputs of the model, for example --input 'randn(2, 3, 224, 224)'"
+        raise UsageError(f"{error}\n  {advice}") from error
     if arguments.json:
         print(json.dumps({"schema": SCHEMA, "target": arguments.target, **found.to_dict()}))
     else:
@@ -102,7 +109,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print(found: Audit) -> None:
     rows = audit_rows(found)
-    print(*headlines(found), sep="\n", end="\n\n")
+    for text in headlines(found):
+        print(*paragraph(text), sep="\n")
+    print()
     print_table(rows, strong=[row[-2].endswith("wrong") for row in rows[1:]])
     for line in advice(found):
         print(line)

@@ -29,7 +29,7 @@ from .digits import (
     _model,
     _train,
 )
-from .digits_timing import Times, ratios, time_steps
+from .digits_timing import Times, meaning, ratios, time_steps
 
 
 def demo(seed: int, epochs: int, out: Path) -> int:
@@ -53,7 +53,7 @@ def demo(seed: int, epochs: int, out: Path) -> int:
     _print_verdict(differences, runs[OURS.name])
     title = f"λ = {WEIGHT_DECAY:g}, SGD with momentum {MOMENTUM:g}, lr {LR:g} → 0"
     norms({name: run.norms for name, run in runs.items()}, title=title).savefig(out)
-    print(f"norms over training: {out}")
+    print(f"wrote the norms over training: {out}")
     return 1 if differences else 0
 
 
@@ -91,9 +91,13 @@ def _print_table(runs: Mapping[str, Run], times: Times, data: Data) -> None:
         f"accuracy: on {held_out} held-out digits after training on {TRAIN}; "
         f"one digit is {1 / held_out:.2%}.\n"
         "norms: L2, over all convolution and linear weights and over all BatchNorm gammas.\n"
-        "time per step: zero_grad, forward, backward and step on one thread; the trainings take\n"
-        "  turns. Median of the ratios within a turn, and its 95 % interval. An interval that\n"
-        "  contains 1 shows no difference; – means too few turns (fewer than 6 epochs).\n"
+        "time per step: zero_grad, forward, backward and step on one thread, in processor time;\n"
+        "  the trainings take turns. Median of the ratios within a turn, and its 95 % interval,\n"
+        "  which is wide on a busy machine; – means too few turns (fewer than 6 epochs)."
+    )
+    for line in meaning(times, OURS.name, REFERENCE.name).splitlines():
+        print(f"  {line.strip()}")
+    print(
         f"λ = {WEIGHT_DECAY:g} per step; SGD with momentum {MOMENTUM:g}, "
         f"cosine schedule from lr {LR:g}, batches of {BATCH}.\n"
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from textwrap import indent
 from typing import Any
 
+from .._base.terminal import folded_lines, paragraph
 from .._decay.arguments import MODES, MOMENTS
 from .._decay.attach import attach
 from .._plan.decide import plan
@@ -15,9 +17,9 @@ from .examination import Examination
 from .findings import SEVERITIES, Finding
 from .forecast import Forecast
 from .inputs import parse_kwargs
-from .plans import add_plan_arguments, near_selectors, overrides_of
+from .plans import add_plan_arguments, overrides_of
 from .shared import FOUND, Commands, add_command, braced, counted, one_of, whole
-from .tables import CYAN, RED, YELLOW, painted, paragraph
+from .tables import CYAN, RED, YELLOW, painted
 from .targets import call, load, users_code
 from .training import CONTRACT, Training, training_of
 
@@ -106,20 +108,19 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         UsageError: the target makes no training step, or its code raised an error.
-        ArgumentError: an argument of `attach` has no meaning.
+        ArgumentError: an argument of `attach` has no meaning, or an override matches nothing.
     """
     made = load(arguments.target)
     with users_code(arguments.target):
         made = call(made, arguments.target, parse_kwargs(arguments.kwargs))
     training = training_of(made, arguments.target, arguments.input)
-    with near_selectors(arguments, training.model):
-        examination = Examination(
-            training,
-            lambda: _attach(training, arguments),
-            lambda: _plan(training, arguments),
-            arguments.mode,
-            arguments.at,
-        )
+    examination = Examination(
+        training,
+        lambda: _attach(training, arguments),
+        lambda: _plan(training, arguments),
+        arguments.mode,
+        arguments.at,
+    )
     forecast = None
     if arguments.steps is not None:
         forecast = Forecast(training, arguments.steps, arguments.scheduler_every)
@@ -198,7 +199,7 @@ def _print(examination: Examination, forecast: Forecast | None) -> None:
     tensors = counted(len(examination.names), "tensor")
     steps = counted(sum(examination.seen.steps.values()), "step")
     print(f"{type(training.model).__name__}, {tensors}; {kinds}, {steps} seen")
-    by = "attached by make()" if examination.was_attached else "attached for this run"
+    by = "attached by make()" if examination.was_attached else "attached by the doctor for this run"
     for engine in examination.engines:
         settings = engine.state.config
         line = f"{by}: {engine.plan!r}, mode={settings.mode!r}, at={settings.at!r}"
@@ -240,5 +241,5 @@ def _lines(finding: Finding) -> Iterator[str]:
             f"parameters: {len(finding.parameters)}: {names}", indent="  ", later="    "
         )
     for label, value in finding.facts.items():
-        yield f"  {label}: {value}"
-    yield from paragraph(finding.do, indent="  ")
+        yield from paragraph(f"{label}: {value}", indent="  ", later="    ")
+    yield from folded_lines(indent(finding.do, "  "))

@@ -18,8 +18,8 @@ from .._base.errors import (
     WdhookWarning,
 )
 from .._base.problem import Problem
+from .._decay.check import Check, checked
 from .._decay.engine import Engine
-from .._decay.handle import Check, checked
 from .._decay.optimizers import (
     announces_steps,
     check_supports_decoupled,
@@ -187,8 +187,7 @@ class Examination:
             return  # the steps between the gradients were forgotten, and the look at steps says so
         if message.rule == "default-mode" and not self.was_attached:
             # `attach` was not told a mode because the doctor was not.
-            if not any(finding.kind == "double-decay" for finding in self.findings):
-                self._add(Finding("note", "default-mode", problem, message.rule))
+            self._add(Finding("note", "default-mode", problem, message.rule))
             return
         self._add(Finding("warning", "warned", problem, message.rule))
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .shared import UsageError, did_you_mean, first_line
+from .._base.text import did_you_mean
+from .shared import UsageError, first_line
 
 
 def parse_kwargs(text: str | None) -> dict[str, Any]:

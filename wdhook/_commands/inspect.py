@@ -8,22 +8,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from torch import nn
+
 from .. import plot
+from .._audit.report import Audit
+from .._audit.run import audit
+from .._base.terminal import paragraph
 from .._base.text import Row, fold_by
 from .._plan.decide import plan
 from .._plan.decision import Decision
 from .._plan.plan import Plan, PlanDiff
 from .._plan.recipes import RECIPES
-from .._plan.table import diff_rows, diff_table, fold, headline, plan_rows, totals
-from .plans import add_plan_arguments, as_dict, diff_as_dict, near_selectors, overrides_of, sums
-from .shared import FOUND, Commands, add_command, braced, one_of, picture, require, say
-from .tables import FAINT, GREEN, paragraph, print_table
-from .targets import TARGETS, build_model
+from .._plan.table import diff_headline, diff_rows, fold, headline, plan_rows, totals
+from .inputs import parse_inputs
+from .plans import add_plan_arguments, as_dict, diff_as_dict, overrides_of, sums
+from .shared import (
+    FOUND,
+    Commands,
+    UsageError,
+    add_command,
+    braced,
+    one_of,
+    picture,
+    require,
+    say,
+)
+from .tables import FAINT, GREEN, print_table
+from .targets import TARGETS, build_model, users_code
 
 _DESCRIPTION = f"""\
 Print which parameters of a model would be decayed, and why. The model is built on the meta device,
 where parameters have shapes and no memory: seven billion of them are no more work than seven
-thousand.
+thousand. With --input the model is built on the CPU and runs once, which settles guesses.
 
 {TARGETS}
 exit status: 0; with --diff 1 when the recipe decides differently; 2 when the model cannot be built.
@@ -35,6 +51,7 @@ examples:
   python -m wdhook inspect timm:vit_base_patch16_224 --kwargs 'num_classes=10'
   python -m wdhook inspect hf:BertConfig --only guessed
   python -m wdhook inspect hf:LlamaConfig --depth 2
+  python -m wdhook inspect my_file.py:build --input 'randn(2, 3, 224, 224)'
   python -m wdhook inspect my_file.py:build_model --override 'layer4.*=0' --override norm=true
   python -m wdhook inspect torchvision.models:resnet50 --diff timm
   python -m wdhook inspect hf:LlamaConfig --summary --plot plan.svg
@@ -58,6 +75,13 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("target", metavar="TARGET", help="what to build; see above")
     parser.add_argument(
         "--kwargs", metavar="NAME=VALUE,...", help="arguments of what builds the model; literals"
+    )
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="EXPR",
+        help="an input, to settle guesses by one pass of the model, as in `audit`; may be repeated",
     )
     add_plan_arguments(parser, weight_decay=1e-4)
     tables = parser.add_mutually_exclusive_group()
@@ -101,22 +125,27 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan, or the difference to a recipe.
 
     Raises:
-        UsageError: the target cannot be built, an override matches nothing, or matplotlib is
-            missing for --plot.
-        ArgumentError: an override has no meaning.
+        UsageError: the target cannot be built or run on the inputs, or matplotlib is missing for
+            --plot.
+        ArgumentError: an override has no meaning, or matches nothing.
     """
     if arguments.plot is not None:
         require("--plot", ["matplotlib"])
-    model, why = build_model(arguments.target, arguments.kwargs, meta=True)
+    if arguments.input and arguments.recipe is not None:
+        raise UsageError(
+            "`--input` settles guesses, and a recipe makes none.\n"
+            "  Leave out --input or --recipe; --diff NAME compares with a recipe"
+        )
+    model, why = build_model(arguments.target, arguments.kwargs, meta=not arguments.input)
     if why is not None:
         say(arguments, f"built on the CPU, as it cannot be built on the meta device: {why}")
-    with near_selectors(arguments, model):
-        made = plan(
-            model,
-            arguments.weight_decay,
-            overrides=overrides_of(arguments),
-            recipe=arguments.recipe,
-        )
+    made = plan(
+        model,
+        arguments.weight_decay,
+        overrides=overrides_of(arguments),
+        recipe=arguments.recipe,
+        audit=_audit(model, arguments),
+    )
     if arguments.plot is not None:
         plot.plan(made).savefig(arguments.plot)
         say(arguments, f"wrote {arguments.plot}")
@@ -130,6 +159,15 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print_diff(diff, arguments.summary)
     return FOUND if diff else 0
+
+
+def _audit(model: nn.Module, arguments: argparse.Namespace) -> Audit | None:
+    """Run the model on the inputs that were given."""
+    if not arguments.input:
+        return None
+    args, kwargs = parse_inputs(arguments.input)
+    with users_code(arguments.target):
+        return audit(model, *args, **kwargs)
 
 
 def _shown(made: Plan, only: Only | None) -> list[Decision]:
@@ -147,7 +185,7 @@ def _shown(made: Plan, only: Only | None) -> list[Decision]:
 
 def _print_plan(made: Plan, arguments: argparse.Namespace) -> None:
     everything, shown = list(made.values()), _shown(made, arguments.only)
-    _print_headline(headline(made.weight_decay, everything))
+    _print_headline(headline(made.weight_decay, everything, settled_by="--input"))
     if not arguments.summary:
         if not shown:
             print(
@@ -177,8 +215,7 @@ def _print_decisions(decisions: Sequence[Decision]) -> None:
 
 
 def _print_diff(diff: PlanDiff, summary: bool) -> None:
-    head, _, _ = diff_table(diff).partition("\n")
-    print(head)
+    print(diff_headline(diff))
     if diff and not summary:
         print()
         print_table(diff_rows(diff))

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 
-from .._base.text import Row
-from .shared import Commands, UsageError, add_command, counted, did_you_mean
-from .tables import FAINT, paragraph, print_table
+from .._base.terminal import paragraph
+from .._base.text import Row, did_you_mean
+from .shared import Commands, UsageError, add_command, counted
+from .tables import FAINT, print_table
 
 _DESCRIPTION = """\
 Look an optimizer up: is wdhook's decay exact with it, and what does its own weight_decay do? Each
@@ -117,6 +118,12 @@ def _print_packages(known: Sequence[Entry]) -> None:
     print(f"\n{counted(len(known), 'optimizer')}. Look one up by its name.")
 
 
+_CELLS = {
+    "✓": "the same parameters, to the last bit, as with the decay written by hand.",
+    "asks": "wdhook.adopt(model, optimizer) needs mode=, as it does not know the formula.",
+}
+
+
 def _print_entries(known: Sequence[Entry]) -> None:
     columns = [c for c in known[0] if c != "version" and any(e[c] for e in known)]
     rows: list[Row] = [tuple(columns)]
@@ -127,6 +134,10 @@ def _print_entries(known: Sequence[Entry]) -> None:
         colours.append(FAINT if not_run else "")
     print_table(rows, colours=colours)
     print()
+    cells = {cell for row in rows for cell in row}
+    for cell, meaning in _CELLS.items():
+        if cell in cells:
+            print(*paragraph(f"{cell}: {meaning}", later="  "), sep="\n")
     for own in dict.fromkeys(e["its own decay"] for e in known if e["its own decay"]):
         print(*paragraph(_meaning(own), later="  "), sep="\n")
 

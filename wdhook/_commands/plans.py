@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
-from .._base.errors import ArgumentError, SelectorError
+from .._base.errors import ArgumentError
 from .._base.validate import check_factor
 from .._plan.decision import Decision
 from .._plan.plan import PlanDiff
 from .._plan.recipes import RECIPES
-from .._roles.classifier import Role
-from .shared import UsageError, did_you_mean, one_of
-from .tables import print_table as print_table
+from .shared import one_of
 
 Override = tuple[str, float | bool]
-
-_ROLES = [str(role) for role in Role]
 
 
 def add_plan_arguments(parser: argparse._ActionsContainer, weight_decay: float) -> None:
@@ -73,27 +65,6 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, float | bool] | Non
         found.pop(selector, None)
         found[selector] = value
     return found or None
-
-
-@contextmanager
-def near_selectors(arguments: argparse.Namespace, model: nn.Module) -> Iterator[None]:
-    """Add similar roles and names to the error of an override without a match.
-
-    Raises:
-        UsageError: an override matches nothing.
-    """
-    try:
-        yield
-    except SelectorError as error:
-        names = [name for name, _ in model.named_parameters()]
-        questions = []
-        for selector, _ in arguments.override:
-            if selector in _ROLES or any(fnmatchcase(name, selector) for name in names):
-                continue
-            near = did_you_mean(selector, [*_ROLES, *names])
-            if near:
-                questions.append(f"\n  {near.removeprefix('. ')}")
-        raise UsageError(f"{error}{''.join(questions)}") from error
 
 
 def as_dict(decision: Decision) -> dict[str, Any]:

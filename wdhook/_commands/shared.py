@@ -6,10 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
+from .._base.text import did_you_mean
 from .help import HelpFormatter
 
 FOUND = 1  # the command worked, and found a problem or a difference
@@ -92,12 +92,6 @@ def whole(text: str) -> int:
 def braced(choices: Iterable[str]) -> str:
     """Write choices like argparse in a usage line: ``{a,b}``."""
     return f"{{{','.join(choices)}}}"
-
-
-def did_you_mean(text: str, known: Iterable[str]) -> str:
-    """A question to append to an error, or nothing where no known word is near."""
-    near = get_close_matches(text, list(known), n=3)
-    return f". Did you mean {' or '.join(near)}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -7,12 +7,11 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Iterable
-from difflib import get_close_matches
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
-from .shared import did_you_mean
+from .._base.text import did_you_mean, near
 
 _MANY = 15  # names in a message
 
@@ -55,8 +54,7 @@ def listed(module: Any, like: str) -> str:
     for name, value in vars(module).items():
         if callable(value) and not name.startswith("_"):
             names.append(name)
-    near = get_close_matches(like, names, n=3)
-    shown = list(dict.fromkeys([*near, *names]))
+    shown = list(dict.fromkeys([*near(like, names), *names]))
     text = ", ".join(shown[:_MANY]) or "no functions and no classes"
     more = ", ..." if len(names) > _MANY else ""
     return f"{text}{more}{did_you_mean(like, names)}"

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from .._base.errors import WdhookError
+from .._base.text import did_you_mean
 from .inputs import parse_kwargs
-from .shared import UsageError, did_you_mean, first_line
+from .shared import UsageError, first_line
 from .suggestions import listed, near_file, near_model_of_timm, near_package, place_and_name
 
 TARGETS = """\

@@ -28,14 +28,16 @@ CONTRACT = """\
 make() returns these, in any order, as a tuple, a list or the values of a dict:
   the model                    one torch.nn.Module
   the optimizer                or several
-  step                         a function without arguments that runs the forward pass and returns
-                               the loss; or one that trains by itself, with backward() and
-                               optimizer.step() in it: called until each optimizer has stepped,
-                               at most 20 times
-  a GradScaler                 where step() returns the loss of a model in float16
-Data loaders are ignored, and learning rate schedulers are read by --steps alone. A handle of
-wdhook.attach is found by itself.
-Without step give --input: the loss is then a random projection of all outputs of the model.
+  step                         a function without arguments that runs the
+                               forward pass and returns the loss; or one that
+                               trains by itself, with backward() and
+                               optimizer.step() in it: called until each
+                               optimizer has stepped, at most 20 times
+  a GradScaler                 where step() returns the loss of a model in
+                               float16
+Data loaders are ignored, and learning rate schedulers are read by --steps
+alone. A handle of wdhook.attach is found by itself. Without step give --input:
+the loss is then a random projection of all outputs of the model.
 """
 
 _EXPECTED = "(model, optimizer, step)"

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from .. import schedules
 from .._base.errors import ArgumentError, LearningRateError
 from .._base.problem import Problem
-from .._base.validate import check_factor, is_number
+from .._base.text import or_not_given
+from .._base.validate import check_choice, check_factor, is_number
 from .._plan.decide import plan
 from .._plan.overrides import Overrides
 from .._plan.plan import Plan
@@ -33,16 +34,10 @@ Mode = Literal["coupled", "decoupled", "independent", "corrected"]
 Moment = Literal["backward", "step"]
 LowPrecision = Literal["defer", "round"]
 MODES: tuple[str, ...] = tuple(FORMULAS)
+_ALSO = {"l2": "coupled", "sgd": "coupled", "adam": "coupled"}
+_ALSO |= {"adamw": "decoupled", "adamc": "corrected"}
 MOMENTS: tuple[str, ...] = get_args(Moment)
 Optimizers = Optimizer | Iterable[Optimizer]
-
-
-def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise if `value` is none of the choices."""
-    if value not in choices:
-        raise ArgumentError(
-            f"`{argument}` must be one of {', '.join(map(repr, choices))}.\n  got: {value!r}"
-        )
 
 
 def formula_of(
@@ -55,7 +50,7 @@ def formula_of(
     """
     if mode is None:
         mode = "coupled"
-    check_choice("mode", mode, MODES)
+    check_choice("mode", mode, MODES, _ALSO)
     if low_precision is not None:
         check_choice("low_precision", low_precision, get_args(LowPrecision))
     if low_precision == "defer":
@@ -116,7 +111,7 @@ def check_attach(
         raise ArgumentError(
             Problem(
                 "`attach` takes a model and a λ by position, and everything else by name.",
-                "Write attach(model, weight_decay, optimizer=..., mode=...)",
+                _by_name(misplaced[0]),
                 {"third argument": type(misplaced[0]).__name__},
             )
         )
@@ -133,21 +128,29 @@ def check_attach(
         )
 
 
+def _by_name(misplaced: object) -> str:
+    """The call that was probably meant by a third argument."""
+    if hasattr(misplaced, "param_groups"):
+        return (
+            "Write attach(model, weight_decay): wdhook finds the optimizer by itself, at its first "
+            "step.\n"
+            'Decoupled decay at="backward" needs it before: attach(..., optimizer=optimizer)'
+        )
+    if isinstance(misplaced, str) and misplaced in MODES:
+        return f"Write attach(model, weight_decay, mode={misplaced!r})"
+    return "Write attach(model, weight_decay, mode=..., at=...)"
+
+
 def check_model(function: str, model: object) -> None:
     """Raise if `model` is no module."""
     if isinstance(model, nn.Module):
         return
-    hint = (
-        f"wdhook.{function}(model, optimizer)"
-        if function == "adopt"
-        else f"wdhook.{function}(model, weight_decay)"
-    )
+    second = "optimizer" if function == "adopt" else "weight_decay"
+    fix = f"The model comes first: wdhook.{function}(model, {second})"
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        fix = f"Give a model, and not its class: wdhook.{function}({model.__name__}(...), {second})"
     raise ArgumentError(
-        Problem(
-            "`model` must be a torch.nn.Module.",
-            f"The model comes first: {hint}",
-            {"got": type(model).__name__},
-        )
+        Problem("`model` must be a torch.nn.Module.", fix, {"got": type(model).__name__})
     )
 
 
@@ -251,7 +254,7 @@ def check_lr(
                 f'mode={formula.name!r} with at="backward" needs a learning rate before any '
                 "optimizer has stepped.",
                 'Use attach(..., optimizer=optimizer), a number as `lr=`, or at="step"',
-                {"optimizer": None, "lr": repr(lr)},
+                {"lr": or_not_given(lr), "optimizer": "not given"},
             )
         )
 

@@ -78,8 +78,8 @@ def attach(
             ``"step"``: just before the update, after accumulation, un-scaling and clipping, as the
             optimizer's own ``weight_decay`` would.
         optimizer: the optimizer(s) that step the model. Needed for decoupled decay at
-            ``"backward"`` (unless `lr` is a number) and for optimizers that maximize; else any
-            optimizer is heard.
+            ``"backward"`` (unless `lr` is a number) and for optimizers that maximize; otherwise
+            each optimizer is found at its first step.
         lr: learning rate of decoupled decay, a number or a function of the param group that owns
             the parameter, where it is not the group's ``lr``.
         scaler: the ``GradScaler``, where coupled decay at ``"backward"`` meets a scaled loss.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,22 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .._plan.anchor import Anchor
 from .._plan.decision import Decision
 from .._plan.plan import Plan
 from .config import Config
 from .entry import Due, Entry, Progress
-from .formulas import kept
 from .memory import Memo, Memory
 from .model_ref import ModelRef
 from .ownership import Optimizers, View
-from .parameters import Parameters, has_values
+from .parameters import Parameters
 from .passes import Hook, Passes
 from .rate import Rate
 from .rules.base import Facts, Moment, Rules
 from .rules.table import RULES
 from .state import State
-from .tally import Tallies, Tally
+from .tally import Tallies
 
 
 class Engine:
@@ -209,107 +207,7 @@ class Engine:
         for watcher in list(self.watchers):
             watcher.note_step(view)
 
-    # ---------------------------------------------------------------- checkpoints
-
-    def save(self) -> dict[str, Any]:
-        """What a saved handle holds besides λ, by the names that parameters have now."""
-        progress = self.state.parameters.progress()
-        saved = {
-            **self.state.rate.save(progress),
-            "memory": self.memory.save(_memos(progress)),
-            "doses": self.tallies.save(_tallies(progress)),
-        }
-        if self.state.config.formula.begins:
-            more = {"targets": self._targets(), "probes": self._probes()}
-            saved |= {"toward": self.toward, **{key: of for key, of in more.items() if of}}
-        return _by_names(saved, self.state.parameters.renamed())
-
-    def _targets(self) -> dict[str, Tensor]:
-        """Name → values before the first update; of frozen parameters, those of trained ones."""
-        targets: dict[str, Tensor] = {}
-        for found, known in self.state.parameters.eligible():
-            param, name = found.param, known.decision.name
-            memo = known.progress.memo if known.progress is not None else None
-            memo = Memo(known.decision) if memo is None else memo
-            if memo.is_of_init and memo.target is not None:
-                targets[name] = memo.target
-            elif memo.waits and param.requires_grad and has_values(param):
-                targets[name] = kept(param, memo.toward)
-        return self.memory.save_targets(targets)
-
-    def _probes(self) -> dict[str, tuple[float, ...]]:
-        """Name → a few of the values that were given as target."""
-        known = (known.decision for _, known in self.state.parameters.eligible())
-        aimed = {
-            d.name: d.toward.probe(d.name, d.shape) for d in known if isinstance(d.toward, Anchor)
-        }
-        return {name: probe for name, probe in aimed.items() if probe}
-
-    def _by_decided_names(self, saved: Mapping[str, Any]) -> dict[str, Any]:
-        names = self.state.parameters.renamed()
-        return _by_names(saved, {now: decided for decided, now in names.items()})
-
-    def other_targets(self, saved: Mapping[str, Any]) -> list[str]:
-        """Names of parameters whose target was another one when a state was saved."""
-        before, now = self._by_decided_names(saved).get("probes", {}), self._probes()
-        return [name for name in before if name in now and before[name] != now[name]]
-
-    def load(self, saved: Mapping[str, Any]) -> None:
-        """Undo of `save`, and of the λ that a schedule has given since."""
-        parameters, rate = self.state.parameters, self.state.rate
-        saved = self._by_decided_names(saved)
-        entries = parameters.entries()
-        parameters.forget_progress()
-        rate.load(saved, entries)
-        memos = _memos(parameters.progress())
-        self.memory.load(saved["memory"], memos)
-        self.memory.load_targets(saved.get("targets", {}), memos)
-        tallies = self.tallies.load(saved["doses"], [entry.name for entry in entries])
-        for entry, tally in zip(entries, tallies, strict=True):
-            entry.progress.tally = tally
-        for param, entry in parameters.pairs():
-            if entry.terms.place is None:
-                entry.move(rate.clock_after(rate.saved_steps(entry.name)))
-                entry.terms = parameters.unowned_terms(entry, param)
-        self.state.optimizers.forget()
-        if not self.state.config.in_gradient:
-            for entry in (
-                entries
-            ):  # training goes on from another point: what was shrunk since the last step is gone
-                entry.reopen()
-
 
 def _some(items: list[Any]) -> list[Any]:
     """The first, the middle and the last."""
     return [items[0], items[len(items) // 2], items[-1]] if items else []
-
-
-def _by_names(saved: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A state with other names of parameters. A name that passes to another tensor belongs to a
-    tensor that has left the model."""
-    passed_on = set(names.values())
-
-    def renamed(of: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {name: value for name, value in of.items() if name in names or name not in passed_on}
-        return {names.get(name, name): value for name, value in kept.items()}
-
-    changed = dict(saved)
-    for key in _BY_NAME & set(saved) if names else ():
-        of = saved[key]
-        if of is None:
-            continue
-        changed[key] = tuple(map(renamed, of)) if isinstance(of, tuple) else renamed(of)
-    return changed
-
-
-_BY_NAME = {"doses", "finished_steps", "lr_peaks", "memory", "probes", "targets"}
-
-
-def _memos(progress: Mapping[str, Progress]) -> dict[str, Memo]:
-    """Name → memo, where there is one."""
-    return {name: one.memo for name, one in progress.items() if one.memo is not None}
-
-
-def _tallies(progress: Mapping[str, Progress]) -> dict[str, Tally]:
-    """Name → tally, where there is one."""
-    return {name: one.tally for name, one in progress.items() if one.tally is not None}

@@ -15,6 +15,7 @@ from .._base.errors import (
     NoGradientError,
 )
 from .._base.problem import Problem
+from .._base.text import did_you_mean, or_not_given
 from .._plan.decide import plan, require_eligible
 from .._plan.decision import Decision
 from .._plan.overrides import Overrides
@@ -108,16 +109,20 @@ def _check(
         raise ArgumentError("`apply_weight_decay` needs at least one module")
     strangers = [module for module in modules if not isinstance(module, nn.Module)]
     if strangers or weight_decay is None:
+        facts: dict[str, object] = {"weight_decay": or_not_given(weight_decay)}
+        if strangers:
+            facts["not a module"] = ", ".join(map(repr, strangers))
         raise ArgumentError(
             Problem(
                 "`apply_weight_decay` takes modules by position, and λ by name.",
                 "Write apply_weight_decay(model, weight_decay=1e-4)",
-                {"weight_decay": weight_decay, "not a module": ", ".join(map(repr, strangers))},
+                facts,
             )
         )
     if mode not in ("coupled", "decoupled"):
         raise ArgumentError(
             f"`mode` must be 'coupled' or 'decoupled' without a handle.\n  got: {mode!r}"
+            f"{did_you_mean(mode, ('coupled', 'decoupled'), quoted=True)}"
         )
     if mode == "coupled" and lr is not None:
         raise ArgumentError(f'`lr` has no meaning with mode="coupled".\n  got: {lr!r}')
@@ -154,7 +159,7 @@ def _rates(
             Problem(
                 "Decoupled decay needs a learning rate for the parameter.",
                 "Give the optimizer that owns it as `optimizer=`, or a number as `lr=`",
-                {"parameter": decision.name, "lr": repr(lr)},
+                {"parameter": decision.name, "lr": or_not_given(lr)},
                 (decision.name,),
             )
         )

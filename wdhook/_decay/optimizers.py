@@ -44,7 +44,7 @@ def learning_rate(group: Mapping[str, Any], given: LearningRate | None) -> Numbe
                 "Decoupled decay needs a learning rate, and the param group has none that it could "
                 "read (as with Adafactor's relative step).",
                 'Give it with `lr=`, a float or a function of the group, or use mode="coupled"',
-                {"group['lr']": repr(lr)},
+                {"group['lr']": "None" if "lr" in group else "missing"},
             )
         )
     # torch's Adafactor calls its clipping threshold `d`.

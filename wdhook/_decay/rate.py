@@ -199,7 +199,7 @@ def check_lr(lr: Number, group: Mapping[str, Any]) -> Number:
         Problem(
             "The learning rate of decoupled decay must be finite and not negative.",
             "Mend the function given as `lr=`, or the param group's lr",
-            {"lr": lr, "group['lr']": group.get("lr")},
+            {"lr": lr, "group['lr']": group.get("lr", "missing")},
         )
     )
 

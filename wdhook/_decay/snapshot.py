@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .._base.errors import ArgumentError
+from .._base.markup import html_paragraph, html_table
+from .._base.text import did_you_mean, short
 from .._base.torch_private import version
 from .._base.validate import is_number
 from .._plan.decision import Decision
@@ -283,6 +285,17 @@ class Snapshot:
             }
         return found
 
+    def _repr_html_(self) -> str:
+        """All numbers as a table, for notebooks. Waits for the devices."""
+        read = self.to_dict()
+        head = f"step {read['step']}, weight decay {short(read['weight_decay'])}"
+        groups: dict[str, dict[str, Any]] = read["groups"]
+        columns = list(dict.fromkeys(key for numbers in groups.values() for key in numbers))
+        rows = [("group", *columns)]
+        for name, numbers in groups.items():
+            rows.append((name, *(_cell(numbers[column]) for column in columns)))
+        return f"{html_paragraph(head)}\n{html_table(rows)}"
+
     def _sums(self, rows: list[_Row], columns: int) -> dict[str, list[float]]:
         """The columns of each group, read with one wait for each device."""
         sums = {key: [0.0] * columns for key in self._numel}
@@ -298,6 +311,13 @@ class Snapshot:
         return f"Snapshot(step={self.step}, weight_decay={self.weight_decay:g}, groups={groups})"
 
 
+def _cell(value: float | None) -> str:
+    """A number of a snapshot as text; nothing where it is not known."""
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else short(value, 4)
+
+
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
@@ -308,6 +328,7 @@ def _key(by: By, decision: Decision) -> str:
     if by not in ("role", "name"):
         raise ArgumentError(
             f"`by` must be 'role', 'name' or a function of a Decision.\n  got: {by!r}"
+            f"{did_you_mean(by, ('role', 'name'), quoted=True)}"
         )
     return str(decision.role) if by == "role" else decision.name
 

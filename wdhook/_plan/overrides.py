@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from .._base.errors import ArgumentError, SelectorError
+from .._base.text import near
 from .._base.validate import check_factor
+from .._roles.torch_types import shown_class
 from .._roles.vocabulary import Role
 
 Predicate = Callable[[str, nn.Module, nn.Parameter], bool]
@@ -143,28 +144,53 @@ def _by_predicate(predicate: Predicate) -> tuple[Test, str]:
     return test, label
 
 
+_SHOWN = 6  # names in a line of an error
+
+
 def _nothing_matches(
     argument: str, label: str, selector: Any, candidates: Sequence[Candidate]
 ) -> str:
+    """The error for a selector without a match: near words first, the others counted."""
     roles = sorted({str(c.role) for c in candidates})
-    classes = sorted({type(c.module).__name__ for c in candidates})
-    names = [c.bare for c in candidates]
-    shown = names
-    if len(names) > 30:
-        shown = [*names[:15], f"... {len(names) - 30} more ...", *names[-15:]]
+    classes = sorted({shown_class(c.module) for c in candidates})
+    names = list(dict.fromkeys(c.bare for c in candidates))
+    text = selector if isinstance(selector, str) else ""
+    question = [repr(word) for word in _nearest(text, roles, names)]
     lines = [f"A selector in `{argument}` matches nothing.", f"  selector: {label}"]
-    globs = {f"{name.rpartition('.')[0]}.*" for name in names if "." in name}
-    known = [*names, *roles, *sorted(globs)]
-    near = get_close_matches(selector, known, 3) if isinstance(selector, str) else []
-    if near:
-        lines.append(f"  Did you mean {' or '.join(map(repr, near))}?")
+    if question:
+        lines.append(f"  Did you mean {' or '.join(question)}?")
     lines += [
         f"  roles there are: {', '.join(roles)}",
-        f"  classes there are: {', '.join(classes)}",
-        f"  names there are: {', '.join(shown)}",
+        f"  classes there are: {_shortened(classes)}",
+        f"  names there are: {_shortened([*near(text, names), *names])}",
     ]
     if isinstance(selector, nn.Module):
         lines.append("  The module is no part of this model, or holds no parameter")
+    elif text in classes:
+        lines.append(f"  In Python a class is a key by itself: overrides={{{text}: 0.0}}")
     else:
         lines.append("  A glob must match the whole name: write 'head.*', not 'head'")
     return "\n".join(lines)
+
+
+def _nearest(text: str, roles: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Roles, globs and names that resemble the text; a glob stays one, for all below a module."""
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
+    parents: dict[str, None] = {}
+    for module in modules:
+        parts = module.split(".")
+        for end in range(1, len(parts) + 1):
+            parents[".".join(parts[:end])] = None
+    globs = [f"{path}.*" for path in parents if path]
+    if text in parents:
+        return [f"{text}.*"]
+    if "*" in text:
+        return near(text, globs)
+    return near(text, [*roles, *globs, *names])
+
+
+def _shortened(words: Sequence[str]) -> str:
+    """The first words, and the number of the others."""
+    unique = list(dict.fromkeys(words))
+    more = len(unique) - _SHOWN
+    return ", ".join(unique[:_SHOWN]) + (f", ... {more} more" if more > 0 else "")

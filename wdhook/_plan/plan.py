@@ -5,18 +5,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
 
 from .._base.errors import TargetError, WdhookError
+from .._base.text import did_you_mean
 from .._base.validate import check_factor
 from .._roles.places import named_parameters
 from .decision import Decision
 from .renames import under
-from .table import diff_table, plan_html, plan_table
+from .table import diff_html, diff_table, plan_html, plan_table
 
 
 class _UnknownNameError(KeyError):
@@ -32,10 +32,8 @@ class _UnknownNameError(KeyError):
             if name in decision.aliases:
                 return f"{name!r} is tied: its decision is that of {decision.name!r}"
         facts = f"{name!r} is no parameter of this plan, which has {len(plan)}"
-        near = get_close_matches(str(name), list(plan), 3)
-        if near:
-            return f"{facts}. Did you mean {' or '.join(map(repr, near))}?"
-        return f"{facts}. list(plan) has the names"
+        near = did_you_mean(name, plan, quoted=True)
+        return f"{facts}{near}" if near else f"{facts}. list(plan) has the names"
 
 
 class Plan(Mapping[str, Decision]):
@@ -232,6 +230,9 @@ class PlanDiff(Mapping[str, "tuple[Decision | None, Decision | None]"]):
 
     def __str__(self) -> str:
         return diff_table(self)
+
+    def _repr_html_(self) -> str:
+        return diff_html(self)
 
     def __repr__(self) -> str:
         return f"PlanDiff({len(self)} tensors, {self.numel} elements)"

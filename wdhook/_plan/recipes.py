@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .._base.errors import ArgumentError
+from .._base.validate import check_choice
 
 Recipe = Literal[
     "forum",
@@ -44,12 +44,8 @@ def follow(model: nn.Module, recipe: Recipe) -> dict[str, tuple[bool, str]]:
     Raises:
         ArgumentError: there is no recipe of that name.
     """
-    rule = RECIPES.get(recipe) if isinstance(recipe, str) else None
-    if rule is None:
-        raise ArgumentError(
-            f"`recipe` names no known rule.\n  got: {recipe!r}\n"
-            f"  there are: {', '.join(map(repr, RECIPES))}"
-        )
+    check_choice("recipe", recipe, RECIPES)
+    rule = RECIPES[recipe]
     bare = _unwrapped(model)
     outer = {parameter: name for name, parameter in model.named_parameters()}
     inner = dict(bare.named_parameters())

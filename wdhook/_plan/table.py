@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .._base.text import NUMBER, Row, aligned, fold_by
+from .._base.markup import html_paragraph, html_table
+from .._base.terminal import paragraph, table
+from .._base.text import NUMBER, Row, fold_by
 from .decision import Decision
 
 
 def plan_table(weight_decay: float, decisions: Sequence[Decision]) -> str:
-    """Format decisions as a table: guesses first, then model order, and totals by role."""
-    lines = [headline(weight_decay, decisions), "", *aligned(plan_rows(decisions)), ""]
-    lines += aligned(totals(decisions), right=range(1, 5))
+    """Format decisions as a table: guesses first, then model order, and totals by role.
+
+    Folded to the width of the terminal where stdout is one.
+    """
+    lines = [*paragraph(headline(weight_decay, decisions)), "", *table(plan_rows(decisions)), ""]
+    lines += table(totals(decisions), right=range(1, 5))
     return "\n".join(lines)
 
 
 def plan_html(weight_decay: float, decisions: Sequence[Decision]) -> str:
     """Format decisions as HTML for notebooks, with the content of `plan_table`."""
-    parts = [f"<p>{html.escape(headline(weight_decay, decisions))}</p>"]
-    parts += [_html_table(plan_rows(decisions)), _html_table(totals(decisions))]
+    parts = [html_paragraph(headline(weight_decay, decisions))]
+    parts += [html_table(plan_rows(decisions)), html_table(totals(decisions))]
     return "\n".join(parts)
-
-
-def _html_table(rows: Sequence[Row]) -> str:
-    lines = [_html_row("th", rows[0])]
-    lines += [_html_row("td", row) for row in rows[1:]]
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _html_row(tag: str, row: Row) -> str:
-    cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-    return f"<tr>{cells}</tr>"
 
 
 @dataclass(slots=True)
@@ -66,8 +59,16 @@ def _sums(decisions: Iterable[Decision]) -> _Sums:
     return found
 
 
-def headline(weight_decay: float, decisions: Sequence[Decision]) -> str:
-    """The plan in one line, with the numbers of frozen parameters and of guesses."""
+def headline(
+    weight_decay: float, decisions: Sequence[Decision], settled_by: str = "an audit or inputs="
+) -> str:
+    """The plan in one line, with the numbers of frozen parameters and of guesses.
+
+    Args:
+        weight_decay: λ.
+        decisions: of the plan.
+        settled_by: the argument or option that settles guesses.
+    """
     found = _sums(decisions)
     line = (
         f"weight decay {weight_decay:g} on {found.decayed} of {found.tensors} tensors, "
@@ -76,16 +77,16 @@ def headline(weight_decay: float, decisions: Sequence[Decision]) -> str:
     if found.frozen:
         line += f"; {found.frozen} more {'is' if found.frozen == 1 else 'are'} frozen"
     if found.guesses:
-        line += f"; {_about_guesses(found.guesses, decisions)}"
+        line += f"; {_about_guesses(found.guesses, decisions, settled_by)}"
     return line
 
 
-def _about_guesses(guesses: int, decisions: Sequence[Decision]) -> str:
+def _about_guesses(guesses: int, decisions: Sequence[Decision], settled_by: str) -> str:
     """The number of guesses and the way to settle them."""
     count, them = (f"{guesses} guesses", "them") if guesses > 1 else ("1 guess", "it")
     if any(d.reason.startswith("traced: ") for d in decisions):
         return f"{count} that the example inputs do not settle"
-    return f"{count}: an audit or inputs= settles {them}"
+    return f"{count}: {settled_by} settles {them}"
 
 
 def plan_rows(decisions: Sequence[Decision]) -> list[Row]:
@@ -101,17 +102,28 @@ def plan_rows(decisions: Sequence[Decision]) -> list[Row]:
 
 def diff_table(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) -> str:
     """Format the differences between two plans as a table."""
+    head = diff_headline(pairs)
+    if not pairs:
+        return head
+    return "\n".join([head, "", *table(diff_rows(pairs))])
+
+
+def diff_html(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) -> str:
+    """Format the differences between two plans as HTML for notebooks."""
+    head = html_paragraph(diff_headline(pairs))
+    return f"{head}\n{html_table(diff_rows(pairs))}" if pairs else head
+
+
+def diff_headline(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) -> str:
+    """The number of differences in one line."""
     numel = 0
     for one, other in pairs.values():
         known = one or other
         numel += known.numel if known is not None else 0
     tensors = "1 tensor" if len(pairs) == 1 else f"{len(pairs)} tensors"
     elements = "1 element" if numel == 1 else f"{_count(numel)} elements"
-    verb = "is" if len(pairs) == 1 else "are"
-    head = f"{tensors} with {elements} {verb} decided differently"
-    if not pairs:
-        return head
-    return "\n".join([head, "", *aligned(diff_rows(pairs))])
+    verb = "gets" if len(pairs) == 1 else "get"
+    return f"{tensors} with {elements} {verb} a different λ"
 
 
 def diff_rows(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) -> list[Row]:

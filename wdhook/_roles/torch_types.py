@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -45,6 +46,23 @@ def class_name(owner: nn.Module) -> str:
     return written.removeprefix("Parametrized")
 
 
+def shown_class(owner: nn.Module) -> str:
+    """The class name for a reader: a private class of torch goes by the name of its public base.
+
+    So the ``NonDynamicallyQuantizableLinear`` in ``nn.MultiheadAttention`` is a ``Linear``.
+    """
+    if type(owner).__module__.startswith("torch.nn.modules."):
+        return next(_public_bases(owner)).__name__
+    return class_name(owner)
+
+
+def _public_bases(owner: nn.Module) -> Iterator[type]:
+    """The classes of ``torch.nn`` that the owner is an instance of, the closest first."""
+    for base in type(owner).__mro__:
+        if getattr(nn, base.__name__, None) is base:
+            yield base
+
+
 def by_reparametrization(owner: nn.Module, local: str) -> Verdict | None:
     """Find the magnitude of the older ``weight_norm``, which splits a weight into `_g` and `_v`."""
     if local.endswith("_g") and f"{local[:-2]}_v" in owner._parameters:
@@ -72,12 +90,7 @@ def by_torch_type(owner: nn.Module, local: str) -> Verdict | None:
 
 
 def _owner_is(owner: nn.Module, bases: Types) -> str:
-    """Name the owner: 'owner is nn.Linear', or 'owner is Router, a nn.Linear' for a subclass."""
-    public = [base for base in type(owner).__mro__ if getattr(nn, base.__name__, None) is base]
-    closest = bases[0]
-    for base in public:
-        if issubclass(base, bases):
-            closest = base
-            break
-    name, own = f"nn.{closest.__name__}", class_name(owner)
-    return f"owner is {name}" if name == f"nn.{own}" else f"owner is {own}, a {name}"
+    """Name the owner: 'owner is nn.Linear', or 'owner is Router, an nn.Linear' for a subclass."""
+    known = (base for base in _public_bases(owner) if issubclass(base, bases))
+    name, own = f"nn.{next(known, bases[0]).__name__}", shown_class(owner)
+    return f"owner is {name}" if name == f"nn.{own}" else f"owner is {own}, an {name}"

@@ -1,4 +1,4 @@
-"""Weight decay as a callback of Lightning (``pip install 'wdhook[lightning]'``)."""
+"""Weight decay as a callback of Lightning (``pip install lightning``)."""
 
 from __future__ import annotations
 

@@ -62,6 +62,7 @@ class Formula:
 
     Attributes:
         name: the `mode` of `attach`.
+        factor: what a parameter is multiplied with, as a term, for messages.
         in_gradient: True where the decay is added to gradients and shares their fate; False where
             it changes parameters.
         needs_lr: `Rates.lr` is read.
@@ -73,6 +74,7 @@ class Formula:
     """
 
     name: str
+    factor: str
     in_gradient: bool
     needs_lr: bool = False
     needs_peak: bool = False

@@ -37,6 +37,7 @@ class Cautious(Formula):
     def __init__(self, formula: Shrinking) -> None:
         self._formula = formula
         self.name = formula.name
+        self.factor = formula.factor
         self.needs_peak = formula.needs_peak
 
     def number(self, rates: Rates) -> Number:

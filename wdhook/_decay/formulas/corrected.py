@@ -14,6 +14,7 @@ class Corrected(Shrinking):
     """
 
     name = "corrected"
+    factor = "(lr²/lr_peak)·λ"
     needs_peak = True
 
     def amount(self, rates: Rates) -> Number:

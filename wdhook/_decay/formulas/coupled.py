@@ -12,6 +12,7 @@ class Coupled(Formula):
     """g ← g + λ·p, as if ½·λ·‖p‖² had been added to the loss."""
 
     name = "coupled"
+    factor = "λ"
     in_gradient = True
 
     def number(self, rates: Rates) -> Number:

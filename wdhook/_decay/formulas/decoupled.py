@@ -10,6 +10,7 @@ class Decoupled(Shrinking):
     """p ← p·(1 − lr·λ) before the update, to the last bit what `torch.optim.AdamW` does."""
 
     name = "decoupled"
+    factor = "lr·λ"
 
     def amount(self, rates: Rates) -> Number:
         """lr·λ."""

@@ -45,6 +45,7 @@ class Deferred(Shrinking):
     def __init__(self, formula: Shrinking, defers: bool = True) -> None:
         self._formula = formula
         self.name = formula.name
+        self.factor = formula.factor
         self.needs_peak = formula.needs_peak
         self.defers = defers
         self.begins = formula.begins

@@ -11,6 +11,7 @@ class Independent(Shrinking):
     """p ← p·(1 − (lr/lr_peak)·λ): λ does not change with the base learning rate."""
 
     name = "independent"
+    factor = "(lr/lr_peak)·λ"
     needs_peak = True
 
     def amount(self, rates: Rates) -> Number:

@@ -58,6 +58,7 @@ class TowardShrinking(_Toward, Shrinking):
     def __init__(self, formula: Shrinking) -> None:
         self._formula = formula
         self.name = formula.name
+        self.factor = formula.factor
         self.needs_peak = formula.needs_peak
 
     def amount(self, rates: Rates) -> Number:

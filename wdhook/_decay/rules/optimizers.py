@@ -67,16 +67,22 @@ def _own_decays(
             yield place, value
 
 
+_ONE_DECAYS = """\
+Construct the optimizer with weight_decay=0.
+Or let wdhook take over the optimizer's decay, in place of attach:
+    wdhook.adopt(model, optimizer)
+Or switch the optimizer's decay off, again after loading a checkpoint of it:
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0"""
+
+
 def _double(
     facts: Facts, where: str, active: tuple[Terms, Any, Entry], names: tuple[str, ...]
 ) -> Problem:
     terms, param, entry = active
     return Problem(
         "The optimizer decays a parameter that wdhook decays too.",
-        "Construct the optimizer with weight_decay=0, or let wdhook take over before it is "
-        "attached: wdhook.adopt(model, optimizer). With this handle: for group in "
-        'optimizer.param_groups: group["weight_decay"] = 0.0. A loaded optimizer checkpoint '
-        "brings its weight_decay back: set it to 0 after optimizer.load_state_dict(...)",
+        _ONE_DECAYS,
         {
             "parameter": facts.state.describe(entry.name, param),
             "optimizer": f"{facts.optimizer_name}, {where}",
@@ -100,8 +106,8 @@ def decay_would_be_decoupled(facts: Facts) -> Iterator[Problem]:
         yield Problem(
             "The optimizer's own weight decay would be decoupled, and wdhook's default is coupled "
             "(L2): the same λ means something else.",
-            'Say which is meant: attach(..., mode="decoupled", optimizer=optimizer) for the decay '
-            'of AdamW, or attach(..., mode="coupled") for L2',
+            'Say which is meant: attach(..., mode="decoupled", at="step") for the decay of AdamW, '
+            'or attach(..., mode="coupled") for L2',
             {"optimizer": facts.optimizer_name, "mode": "not given, so coupled"},
         )
 
