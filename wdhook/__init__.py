@@ -23,15 +23,19 @@ from ._base.errors import (
     NoGradientError,
     NothingToDecayError,
     SelectorError,
+    TargetError,
     UndecayedError,
     UnsupportedOptimizerError,
     WdhookError,
     WdhookWarning,
 )
 from ._decay.attach import adopt, attach
+from ._decay.check import Check
+from ._decay.dose import Dose, DoseClass
 from ._decay.functional import apply_weight_decay, l2_penalty
-from ._decay.handle import Check, WeightDecay
+from ._decay.handle import WeightDecay
 from ._decay.snapshot import Snapshot
+from ._plan.anchor import Anchor
 from ._plan.decide import param_groups, plan
 from ._plan.decision import Decision
 from ._plan.plan import Plan, PlanDiff
@@ -47,10 +51,13 @@ __version__ = "0.1.0"
 __all__ = [
     "AlreadyAttachedError",
     "AmbiguousGradientError",
+    "Anchor",
     "ArgumentError",
     "Audit",
     "Check",
     "Decision",
+    "Dose",
+    "DoseClass",
     "DoubleDecayError",
     "Finding",
     "LearningRateError",
@@ -63,6 +70,7 @@ __all__ = [
     "Role",
     "SelectorError",
     "Snapshot",
+    "TargetError",
     "UndecayedError",
     "UnsupportedOptimizerError",
     "WdhookError",

@@ -58,7 +58,7 @@ def test_the_page_is_not_empty() -> None:
     assert set(FILES) == {"models.py", "train.py"}
     assert [call.split()[3] for call in CALLS] == [
         *["inspect"] * 4,
-        "doctor",
+        *["doctor"] * 2,
         "optimizers",
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
 import pickle
 import subprocess
 import sys
@@ -320,12 +321,14 @@ def test_the_state_of_a_handle() -> None:
     )
     handle.remove()
     peaks = dict.fromkeys(("0.weight", "3.weight", "5.weight"), 0.2)
+    dose = pytest.approx(-sum(math.log(1 - λ) for λ in (0.1, 0.2, 0.3 * 0.1 / 0.2)), rel=1e-12)
     assert saved[2] == {
         "weight_decay": pytest.approx(0.3),
         "mode": "independent",
         "lr_peaks": (peaks,),
         "finished_steps": (),
         "memory": (),
+        "doses": (dict.fromkeys(peaks, dose),),
     }
     resumed = perceptron(seed=9)
     optimizer, handle = parts(resumed)

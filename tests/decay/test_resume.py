@@ -4,6 +4,7 @@ never knew wdhook."""
 from __future__ import annotations
 
 import io
+import math
 import os
 import subprocess
 import sys
@@ -250,6 +251,7 @@ def test_a_state_is_plain_numbers() -> None:
             "lr_peaks": (peaks,),
             "finished_steps": (),
             "memory": (),
+            "doses": (dict.fromkeys(peaks, math.log(2)),),
         }
 
 

@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -239,7 +240,7 @@ def test_a_snapshot_that_is_thrown_away_keeps_nothing() -> None:
     with wdhook.attach(model, λ, mode="decoupled", at="step", optimizer=optimizer) as handle:
         loss_of(model, batches(model, 1)[0]).backward()
         snapshot = handle.snapshot()
-        copy = weakref.ref(snapshot._awaited[0][3])
+        copy = weakref.ref(snapshot._awaited[0].before)
         assert copy() is not None
         del snapshot
         gc.collect()
@@ -294,3 +295,168 @@ def test_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_snapshot, "_PIECE", 3)
     one, other = torch.arange(10.0), torch.arange(10.0).flip(0)
     assert _snapshot._dot(one, other).item() == 120.0
+
+
+# -- how far a step turns --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", MOMENTS)
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_how_far_a_step_moves_and_turns(mode: str, at: str) -> None:
+    """By the definitions, for decayed and for exempt groups; None before the step."""
+    model = perceptron(torch.float64)
+    optimizer = SGD(model.parameters(), lr=LR)
+    with wdhook.attach(model, λ, mode=mode, at=at, optimizer=optimizer) as handle:
+        zero(model, to_none=True)
+        before = {name: p.detach().flatten().clone() for name, p in model.named_parameters()}
+        loss_of(model, batches(model, 1)[0]).backward()
+        snapshot = handle.snapshot(by="name")
+        early = snapshot.to_dict()["groups"]["0.weight"]
+        assert early["change"] is early["angle"] is early["equilibrium"] is None
+        assert (early["share"] is None) == (mode == "decoupled")
+        optimizer.step()
+        groups = snapshot.to_dict()["groups"]
+    for name, param in model.named_parameters():
+        p, after = before[name], param.detach().flatten()
+        numbers = groups[name]
+        if not p.any():  # a bias of LayerNorm
+            assert numbers["change"] is numbers["angle"] is None
+            continue
+        assert numbers["change"] == pytest.approx((p - after).norm().item() / p.norm().item())
+        # arccos loses half of the digits where an angle is small.
+        assert numbers["angle"] == pytest.approx(math.acos(cosine(p, after)), rel=1e-5)
+        decayed = numbers["share"] > 0
+        assert decayed == (name in ("0.weight", "3.weight", "5.weight"))
+        expected = pytest.approx(math.sqrt(2 * LR * λ)) if decayed else None
+        assert numbers["equilibrium"] == expected
+
+
+def test_roles_join_parameters_into_one_vector() -> None:
+    """The angle of a role is that of all its parameters, and the equilibrium a root mean square."""
+    model = perceptron(torch.float64)
+    groups = [{"params": model[0].parameters()}, {"params": model[2:].parameters(), "lr": LR / 2}]
+    optimizer = SGD(groups, lr=LR)
+    with wdhook.attach(model, λ, mode="decoupled", at="step") as handle:
+        p = flat(weights(model))
+        squares = [w.detach().square().sum().item() for w in weights(model)]
+        loss_of(model, batches(model, 1)[0]).backward()
+        snapshot = handle.snapshot()
+        optimizer.step()
+        numbers = snapshot.to_dict()["groups"]["weight"]
+        after = flat(weights(model))
+    assert numbers["angle"] == pytest.approx(math.acos(cosine(p, after)), rel=1e-5)
+    mean = (squares[0] + (squares[1] + squares[2]) / 2) / sum(squares)
+    assert numbers["equilibrium"] == pytest.approx(math.sqrt(2 * LR * λ * mean))
+
+
+def adamw(params: Any) -> torch.optim.Optimizer:
+    """A short memory of squares, as the norm of the weights settles in 100 steps."""
+    return AdamW(params, lr=0.02, betas=(0.8, 0.95), weight_decay=0)
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: SGD(params, lr=0.2),
+        lambda params: SGD(params, lr=0.02, momentum=0.8),
+        lambda params: SGD(params, lr=0.02, momentum=0.8, nesterov=True),
+        adamw,
+    ],
+    ids=["plain", "momentum", "nesterov", "adamw"],
+)
+def test_the_equilibrium_is_where_training_goes(mode: str, make: Any) -> None:
+    """A weight of which only the direction matters, and a random gradient in each step."""
+    if mode == "coupled" and make is adamw:
+        pytest.skip("coupled decay under Adam has no such formula")
+    torch.manual_seed(0)
+    model = nn.Linear(40, 50, bias=False, dtype=torch.float64)
+    optimizer = make(model.parameters())
+    angles, kept = [], {}
+    with wdhook.attach(model, 0.1 if make is not adamw else 0.5, mode=mode, at="step") as handle:
+        for step in range(600):
+            optimizer.zero_grad()
+            direction = model.weight / model.weight.norm()
+            (direction * torch.randn_like(direction)).sum().backward()
+            snapshot = handle.snapshot() if step >= 500 else None
+            optimizer.step()
+            if snapshot is not None:
+                kept = snapshot.to_dict()["groups"]["weight"]
+                angles.append(kept["angle"])
+    # One vector of 2,000 random elements in each of 100 steps; to first order in lr·λ, up to 0.1.
+    assert sum(angles) / len(angles) == pytest.approx(kept["equilibrium"], rel=0.08)
+
+
+def test_an_equilibrium_that_cannot_be_told() -> None:
+    """Another optimizer, cautious decay, and a step without decay."""
+    for make, more, paused in (
+        (torch.optim.NAdam, {}, False),
+        (AdamW, {"cautious": True}, False),
+        (AdamW, {}, True),
+    ):
+        model = perceptron()
+        optimizer = make(model.parameters(), lr=LR, weight_decay=0)
+        with wdhook.attach(model, λ, mode="decoupled", at="step", **more) as handle:
+            loss_of(model, batches(model, 1)[0]).backward()
+            snapshot = handle.snapshot()
+            with handle.paused() if paused else nullcontext():
+                optimizer.step()
+            numbers = snapshot.to_dict()["groups"]["weight"]
+        assert numbers["equilibrium"] is None
+        assert numbers["angle"] > 0
+
+
+def test_a_skipped_step_turns_nothing() -> None:
+    """No change, no angle."""
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=0.0)
+    with wdhook.attach(model, λ, at="step") as handle:
+        loss_of(model, batches(model, 1)[0]).backward()
+        snapshot = handle.snapshot()
+        optimizer.step()
+        numbers = snapshot.to_dict()["groups"]["weight"]
+    assert (numbers["change"], numbers["angle"], numbers["equilibrium"]) == (0.0, 0.0, 0.0)
+
+
+# -- toward a target -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", ["backward", "step"])
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_toward_a_target(mode: str, at: str) -> None:
+    """The share is that of λ·(p − t); the gradient is what the loss gave."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 5, bias=False).double()
+    start, lr, weight_decay = torch.randn(5, 6).double(), 0.1, 0.3
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    anchor = wdhook.Anchor({"weight": start})
+    x = torch.randn(4, 6).double()
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), model.weight)
+    with wdhook.attach(
+        model, weight_decay, mode=mode, at=at, optimizer=optimizer, toward=anchor
+    ) as decay:
+        model(x).square().sum().backward()
+        snapshot = decay.snapshot()
+        optimizer.step()
+    numbers = snapshot.to_dict()["groups"]["weight"]
+    away = before - start
+    taken, whole = weight_decay * away, gradient + weight_decay * away
+    if mode == "decoupled":
+        taken, whole = lr * weight_decay * away, before - model.weight.detach()
+    assert numbers["share"] == pytest.approx((taken.norm() / whole.norm()).item(), rel=1e-12)
+    assert numbers["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-12)
+    if mode == "coupled" or at == "step":  # else the parameter of now is the shrunk one
+        cos = (before * gradient).sum() / (before.norm() * gradient.norm())
+        assert numbers["cos"] == pytest.approx(cos.item(), rel=1e-12)
+    assert numbers["equilibrium"] is None
+
+
+def test_before_the_first_step_the_first_values_are_the_target() -> None:
+    """No decay yet: the distance is 0."""
+    model = nn.Linear(3, 2, bias=False)
+    with wdhook.attach(model, 0.1, mode="decoupled", at="step", toward="init") as decay:
+        model(torch.ones(1, 3)).sum().backward()
+        snapshot = decay.snapshot()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert snapshot.to_dict()["groups"]["weight"]["share"] == 0.0

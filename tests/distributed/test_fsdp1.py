@@ -255,3 +255,24 @@ def _frozen() -> None:
 def test_frozen_flattened_parameters_are_not_in_the_way(two: Group) -> None:
     """A frozen backbone may be flattened: nothing of it would be decayed."""
     two(_frozen)
+
+
+def _toward(toward: Any) -> str:
+    trained = []
+    for make in (wrap, nn.Module.train):
+        model: Any = make(blocks())
+        with wdhook.attach(model, λ, mode="decoupled", at="step", toward=toward):
+            try:
+                Trainer().play(model, torch.optim.SGD(model.parameters(), lr=LR))
+            except wdhook.TargetError as error:
+                return str(error)
+        trained.append(model)
+    assert_close(whole_state(trained[0]), trained[1].state_dict(), BOUND)
+    return ""
+
+
+def test_fsdp1_takes_numbers_alone(two: Group) -> None:
+    """A piece of a flat parameter does not know its place in the whole."""
+    for said in two(_toward, "init"):
+        assert said.startswith("An engine steps a piece")
+    assert set(two(_toward, 1.0)) == {""}

@@ -9,6 +9,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import limits_table
@@ -207,6 +208,40 @@ def pending_for_a_cautious_handle() -> None:
     wdhook.attach(model, 2**-10, cautious=True, **how).load_state_dict(state)
 
 
+AIMED: dict[str, Any] = {"mode": "decoupled", "at": "step"}
+
+
+def cautious_toward() -> None:
+    wdhook.attach(line(), λ, cautious=True, toward="init", **AIMED)
+
+
+def targets_without_meaning() -> None:
+    for toward in (float("nan"), "start", torch.ones(2)):
+        with pytest.raises(wdhook.ArgumentError):
+            wdhook.attach(line(), λ, toward=toward)
+    with pytest.raises(wdhook.SelectorError, match="overrides"):
+        wdhook.attach(nn.Linear(2, 1), λ, toward={"bias": 1.0})
+    wdhook.attach(line(), λ, toward=torch.ones(2))
+
+
+def state_of_other_targets() -> None:
+    state = wdhook.attach(line(), λ, toward="init", **AIMED).state_dict()
+    wdhook.attach(line(), λ, toward=1.0, **AIMED).load_state_dict(state)
+
+
+def target_of_another_shape() -> None:
+    model = nn.Sequential(nn.LazyLinear(1, bias=False))  # no shape yet to compare with
+    anchor = wdhook.Anchor({"0.weight": torch.ones(3, 3)})
+    wdhook.attach(model, λ, toward=anchor, **AIMED)
+    model(X).sum().backward()
+    sgd(model).step()
+
+
+def groups_of_a_plan_with_targets() -> None:
+    model = line()
+    wdhook.plan(model, λ, toward="init").param_groups()
+
+
 IN_CALLS: dict[str, Callable[[], object]] = {
     "`attach` on a parameter": attached_twice,
     "λ that is negative": arguments_without_meaning,
@@ -222,8 +257,13 @@ IN_CALLS: dict[str, Callable[[], object]] = {
     "the state of a handle": state_of_another_mode,
     "`adopt`, and": nothing_to_adopt,
     "`adopt` for one": adopt_one_of_two,
-    "`cautious=True`": cautious_too_early,
+    "`cautious=True` with coupled": cautious_too_early,
     '`low_precision="defer"`': deferred_where_nothing_can_wait,
+    "`cautious=True` with `toward=`": cautious_toward,
+    "a target that is no": targets_without_meaning,
+    "a state with other targets": state_of_other_targets,
+    "a target of another shape": target_of_another_shape,
+    "`Plan.param_groups`": groups_of_a_plan_with_targets,
     "a state with pending decay": pending_for_a_cautious_handle,
     "`apply_weight_decay` before": lambda: wdhook.apply_weight_decay(line(), weight_decay=λ),
     "`apply_weight_decay(optimizer=)`": decays_itself,
@@ -290,6 +330,26 @@ def _scaled() -> None:
     # 1 − λ/1024 is rounded in the parameter, by at most 2⁻²⁴
     assert found[0] == pytest.approx([λ / 1024] * 2, abs=2**-22)
     assert found[1:] == [[λ, λ]] * 2
+
+
+@statement("A resumed run without the handle's state")
+def _resumed_without_state() -> None:
+    first = line().weight.tolist()
+    for toward, target in (("init", 1 - 2 * X), (wdhook.Anchor(line()), torch.tensor(first))):
+        model = line()
+        optimizer = sgd(model)
+        decay = wdhook.attach(model, 0.5, mode="decoupled", at="step", toward=toward)
+        model(2 * X).sum().backward()
+        optimizer.step()
+        saved = model.state_dict()
+        decay.remove()
+        resumed = line()
+        resumed.load_state_dict(saved)
+        wdhook.attach(resumed, 0.5, mode="decoupled", at="step", toward=toward)
+        (resumed.weight * 0).sum().backward()
+        sgd(resumed).step()
+        expected = saved["weight"].lerp(target, 0.5)
+        assert torch.equal(resumed.weight, expected)
 
 
 @statement("Gradients zeroed after the last backward pass")
@@ -411,6 +471,57 @@ def _writes_where_positive() -> None:
     with pytest.raises(wdhook.DoubleDecayError) as caught:
         optimizer.step()
     assert caught.value.rule == "own-decay"
+
+
+class Clips(SGD):
+    """Clips in its step, as some subclasses do."""
+
+    def step(self, closure: Any = None) -> Any:
+        _halve(self)
+        return super().step(closure)
+
+
+def _halve(optimizer: Any, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad.mul_(0.5)
+
+
+@statement("A `step()` that changes gradients and then calls `super().step()`")
+def _clips_in_step() -> None:
+    for kind, at, kept in ((Clips, "backward", 0.5), (Clips, "step", 0.5), (SGD, "step", 1.0)):
+        model = line()
+        optimizer = kind(model.parameters(), lr=1.0)
+        if kind is SGD:
+            optimizer.register_step_pre_hook(_halve)
+        with wdhook.attach(model, λ, at=at):
+            model(X).sum().backward()
+            optimizer.step()
+        assert decay_in(model, 0.5).tolist() == [kept * λ] * 2
+
+
+def _update_by_hand(weight: Tensor) -> None:
+    with torch.no_grad():
+        weight.sub_(weight.grad)  # type: ignore[arg-type]
+
+
+@statement("An optimizer whose `step` is replaced on the instance after it has stepped")
+def _replaced_step() -> None:
+    for at, expected in (("step", 0.0), ("backward", λ)):
+        model = line()
+        optimizer = sgd(model)
+        with wdhook.attach(model, λ, at=at):
+            (model(X) * 0).sum().backward()
+            optimizer.step()
+            with torch.no_grad():
+                model.weight.fill_(1.0)
+            optimizer.zero_grad()
+            optimizer.step = partial(_update_by_hand, model.weight)  # type: ignore[method-assign]
+            model(X).sum().backward()
+            optimizer.step()
+        assert decay_in(model).tolist() == [expected] * 2
+        with pytest.raises(wdhook.ArgumentError, match='at="backward"'):
+            wdhook.attach(model, λ, at="step", optimizer=optimizer)
 
 
 @statement("Several threads in backward on one model at once")

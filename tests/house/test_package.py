@@ -131,7 +131,7 @@ def test_every_error_is_also_a_builtin() -> None:
     errors = [
         getattr(wdhook, n) for n in wdhook.__all__ if n.endswith("Error") and n != "WdhookError"
     ]
-    assert len(errors) == 12
+    assert len(errors) == 13
     for error in errors:
         assert issubclass(error, wdhook.WdhookError)
         assert issubclass(error, (ValueError, RuntimeError))

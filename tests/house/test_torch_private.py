@@ -491,6 +491,7 @@ ALLOWED = {
     "_parameters": "of nn.Module: the only way to a parameter by its owner's local name",
     "_modules": "of nn.Module: likewise",
     "_foreach_add_": "the kernel of torch.optim, public by use",
+    "_foreach_lerp_": "the kernel of torch.optim, public by use",
     "_foreach_mul_": "the kernel of torch.optim, public by use",
     "_foreach_norm": "the kernel of torch.nn.utils, public by use",
     "_ConvNd": "the base class of the public convolutions",

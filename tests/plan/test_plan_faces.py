@@ -149,6 +149,7 @@ def test_a_plan_as_plain_data() -> None:
                 "follows": True,
                 "trainable": True,
                 "aliases": ["head.weight"],
+                "toward": 0.0,
             }
         ],
     }

@@ -592,6 +592,82 @@ def schedule_waits(broken: bool, _: Any) -> None:
             optimizer.step()
 
 
+# -- targets ---------------------------------------------------------------------------------------
+
+
+@training_of("target-is-the-parameter")
+def target_is_the_parameter(broken: bool, _: Any) -> None:
+    """The state dict of the model itself is the target, or a copy of it."""
+    model = perceptron()
+    state = model.state_dict()
+    source = state if broken else {name: p.clone() for name, p in state.items()}
+    wdhook.attach(model, λ, toward=wdhook.Anchor(source))
+
+
+@training_of("target-is-missing")
+def target_is_missing(broken: bool, _: Any) -> None:
+    """The pretrained model has another head; the selectors say what the head is drawn to."""
+    model, source = perceptron(), perceptron().state_dict()
+    source["5.weight"] = torch.zeros(7, 5)
+    anchor = wdhook.Anchor(source)
+    wdhook.attach(model, λ, toward=anchor if broken else {"*": anchor, "5.*": 0.0})
+
+
+@training_of("adapter-goes-back-to-noise")
+def adapter_goes_back_to_noise(broken: bool, _: Any) -> None:
+    """Factors of LoRA are drawn to their first values, or to 0."""
+    model = perceptron()
+    model.lora_A = nn.Linear(4, 2, bias=False)
+    toward: Any = "init" if broken else {"*": "init", "*lora_*": 0.0}
+    wdhook.attach(model, λ, toward=toward)
+
+
+@training_of("target-in-pieces")
+def target_in_pieces(broken: bool, _: Any) -> None:
+    """Megatron steps a float32 copy of each parameter, its `main_param`."""
+    model = perceptron()
+    wdhook.attach(model, λ, mode="decoupled", at="step", toward="init" if broken else 1.0)
+    for p in model.parameters():
+        p.main_grad = None  # type: ignore[attr-defined]
+        p.main_param = p.detach().clone().requires_grad_()  # type: ignore[attr-defined]
+    backward(model)
+    for p in model.parameters():
+        p.main_param.grad, p.grad = p.grad, None  # type: ignore[attr-defined]
+    SGD([p.main_param for p in model.parameters()], lr=LR).step()  # type: ignore[attr-defined]
+
+
+@training_of("target-of-a-resumed-run")
+def target_of_a_resumed_run(broken: bool, _: Any) -> None:
+    """A run goes on from a checkpoint without the state of the handle, or with it."""
+    model = perceptron()
+    optimizer = SGD(model.parameters(), lr=LR, momentum=0.9)
+    decay = wdhook.attach(model, λ, mode="decoupled", at="step", toward="init")
+    backward(model)
+    optimizer.step()
+    state = decay.state_dict()
+    decay.remove()
+    resumed = wdhook.attach(model, λ, mode="decoupled", at="step", toward="init")
+    if not broken:
+        resumed.load_state_dict(state)
+    optimizer.step()
+
+
+@training_of("target-of-a-new-parameter")
+def target_of_a_new_parameter(broken: bool, _: Any) -> None:
+    """A head is replaced by one of another size in training."""
+    model = perceptron()
+    toward: Any = "init" if broken else {"*": "init", "5.*": 0.0}
+    optimizer = sgd(model)
+    wdhook.attach(model, λ, mode="decoupled", at="step", toward=toward)
+    backward(model)
+    optimizer.step()
+    model[5] = nn.Linear(5, 3)
+    optimizer.add_param_group({"params": list(model[5].parameters())})
+    optimizer.zero_grad()
+    backward(model)
+    optimizer.step()
+
+
 # -- the tests -------------------------------------------------------------------------------------
 
 

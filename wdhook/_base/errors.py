@@ -68,6 +68,10 @@ class UnsupportedOptimizerError(WdhookError, RuntimeError):
     """The optimizer's update cannot be combined with this mode of decay."""
 
 
+class TargetError(WdhookError, RuntimeError):
+    """Decay cannot draw a parameter to its target: values do not fit, or are not known any more."""
+
+
 class NoGradientError(WdhookError, RuntimeError):
     """One-shot decay came before any gradient."""
 

@@ -15,9 +15,10 @@ from .._plan.decide import plan
 from .._plan.plan import Plan
 from .examination import Examination
 from .findings import SEVERITIES, Finding
+from .forecast import Forecast
 from .inputs import parse_kwargs
 from .plans import add_plan_arguments, overrides_of
-from .shared import FOUND, Commands, add_command, braced, counted, one_of
+from .shared import FOUND, Commands, add_command, braced, counted, one_of, whole
 from .tables import CYAN, RED, YELLOW, painted
 from .targets import call, load, users_code
 from .training import CONTRACT, Training, training_of
@@ -39,6 +40,7 @@ examples:
   python -m wdhook doctor train.py:make --input 'randn(2, 3, 32, 32)'
   python -m wdhook doctor train.py:make --input 'input_ids=randint(0, 100, (2, 16))'
   python -m wdhook doctor train.py:make --mode decoupled --at step --weight-decay 0.05
+  python -m wdhook doctor train.py:make --steps 3000
   python -m wdhook doctor train.py:make --json | jq '.findings[].kind'
 """
 
@@ -67,6 +69,19 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--json", action="store_true", help="print JSON; docs/command-line.md has its schema"
+    )
+    parser.add_argument(
+        "--steps",
+        type=whole,
+        metavar="N",
+        help="say the dose of a run of N optimizer steps: how much of a weight its decay leaves",
+    )
+    parser.add_argument(
+        "--scheduler-every",
+        type=whole,
+        default=1,
+        metavar="K",
+        help="with --steps: optimizer steps for each step of the LR scheduler (default: 1)",
     )
     attached = parser.add_argument_group("the decay to attach, unless make() attaches its own")
     attached.add_argument(
@@ -106,12 +121,23 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.mode,
         arguments.at,
     )
-    examination.run()
+    forecast = None
+    if arguments.steps is not None:
+        forecast = Forecast(training, arguments.steps, arguments.scheduler_every)
+    examination.run(lambda: _look_ahead(examination, forecast))
     if arguments.json:
-        print(json.dumps(_as_json(examination, arguments)))
+        print(json.dumps(_as_json(examination, forecast, arguments)))
     else:
-        _print(examination)
+        _print(examination, forecast)
     return FOUND if any(finding.severity != "note" for finding in examination.findings) else 0
+
+
+def _look_ahead(examination: Examination, forecast: Forecast | None) -> None:
+    """Let the forecast look at the decay of the training step."""
+    if forecast is not None:
+        with users_code("the schedule of the run"):
+            forecast.look(examination.engines)
+        examination.findings += forecast.findings()
 
 
 def _plan(training: Training, arguments: argparse.Namespace) -> Plan:
@@ -137,7 +163,11 @@ def _attach(training: Training, arguments: argparse.Namespace) -> Any:
     )
 
 
-def _as_json(examination: Examination, arguments: argparse.Namespace) -> dict[str, Any]:
+def _as_json(
+    examination: Examination,
+    forecast: Forecast | None,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
     training = examination.training
     attached = []
     for engine in examination.engines:
@@ -158,11 +188,12 @@ def _as_json(examination: Examination, arguments: argparse.Namespace) -> dict[st
         "steps": sum(examination.seen.steps.values()),
         "tensors": len(examination.names),
         "attached": attached,
-        "findings": [finding.as_dict() for finding in examination.findings],
+        "dose": None if forecast is None else forecast.as_dict(),
+        "findings": [one.as_dict() for one in examination.findings],
     }
 
 
-def _print(examination: Examination) -> None:
+def _print(examination: Examination, forecast: Forecast | None) -> None:
     training = examination.training
     kinds = ", ".join(type(o).__name__ for o in training.optimizers)
     tensors = counted(len(examination.names), "tensor")
@@ -176,15 +207,24 @@ def _print(examination: Examination) -> None:
     if all(finding.severity == "note" for finding in examination.findings):
         for check in examination.checks:
             print(*paragraph(check.sentence, later="  "), sep="\n")
+    if forecast is not None:
+        _print_forecast(forecast)
     print()
-    for finding in examination.findings:
-        print(*_lines(finding), sep="\n", end="\n\n")
+    for one in examination.findings:
+        print(*_lines(one), sep="\n", end="\n\n")
     counts = []
     for severity in SEVERITIES:
-        number = sum(finding.severity == severity for finding in examination.findings)
+        number = sum(one.severity == severity for one in examination.findings)
         text = counted(number, severity)
         counts.append(painted(text, _COLOURS[severity]) if number else text)
     print(", ".join(counts))
+
+
+def _print_forecast(forecast: Forecast) -> None:
+    heading, *lines = forecast.lines()
+    print(*paragraph(heading, later="  "), sep="\n")
+    for line in lines:
+        print(*paragraph(line, indent="  ", later="    "), sep="\n")
 
 
 def _lines(finding: Finding) -> Iterator[str]:

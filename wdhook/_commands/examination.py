@@ -18,8 +18,8 @@ from .._base.errors import (
     WdhookWarning,
 )
 from .._base.problem import Problem
+from .._decay.check import Check, checked
 from .._decay.engine import Engine
-from .._decay.handle import Check, checked
 from .._decay.optimizers import (
     announces_steps,
     check_supports_decoupled,
@@ -103,10 +103,15 @@ class Examination:
             self._add(raised(error))
         self.engines = self._engines()
 
-    def run(self) -> None:
-        """Look, train a step, look again. A handle of the doctor's is removed at the end."""
+    def run(self, then: Callable[[], None] = lambda: None) -> None:
+        """Look, train a step, look again. A handle of the doctor's is removed at the end.
+
+        Args:
+            then: called before that.
+        """
         with self._own:
             self._look()
+            then()
         self.findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
 
     def _look(self) -> None:

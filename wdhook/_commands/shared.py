@@ -77,6 +77,18 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
     return choice
 
 
+def whole(text: str) -> int:
+    """A `type=` of argparse for whole numbers above 0.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is none.
+    """
+    number = int(text.replace("_", "")) if text.replace("_", "").isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return number
+
+
 def braced(choices: Iterable[str]) -> str:
     """Write choices like argparse in a usage line: ``{a,b}``."""
     return f"{{{','.join(choices)}}}"

@@ -35,9 +35,9 @@ make() returns these, in any order, as a tuple, a list or the values of a dict:
                                optimizer has stepped, at most 20 times
   a GradScaler                 where step() returns the loss of a model in
                                float16
-Learning rate schedulers and data loaders are ignored. A handle of
-wdhook.attach is found by itself. Without step give --input: the loss is then
-a random projection of all outputs of the model.
+Data loaders are ignored, and learning rate schedulers are read by --steps
+alone. A handle of wdhook.attach is found by itself. Without step give --input:
+the loss is then a random projection of all outputs of the model.
 """
 
 _EXPECTED = "(model, optimizer, step)"
@@ -52,6 +52,7 @@ class Training:
     optimizers: list[Any]
     step: Callable[[], Any]
     scaler: Any | None
+    schedulers: list[Any]
 
 
 class Seen:
@@ -88,18 +89,19 @@ def training_of(made: Any, target: str, inputs: Sequence[str]) -> Training:
     Raises:
         UsageError: one is missing, there are too many, or one is unknown.
     """
-    found: dict[str, list[Any]] = {"model": [], "optimizer": [], "step": [], "scaler": []}
+    found: dict[str, list[Any]] = {}
+    for role in ("model", "optimizer", "step", "scaler", "scheduler", "ignored"):
+        found[role] = []
     for part in _parts(made):
         kind = _kind_of(part)
         if kind is None:
             raise _not_a_training(_described(part, made), target)
-        if kind != "ignored":
-            found[kind].append(part)
+        found[kind].append(part)
     _check_numbers(found, target, bool(inputs))
     model = found["model"][0]
     step = found["step"][0] if found["step"] else lambda: projection(model, inputs)
     scaler = found["scaler"][0] if found["scaler"] else None
-    return Training(model, found["optimizer"], step, scaler)
+    return Training(model, found["optimizer"], step, scaler, found["scheduler"])
 
 
 def _check_numbers(found: dict[str, list[Any]], target: str, inputs: bool) -> None:
@@ -138,8 +140,10 @@ def _kind_of(part: Any) -> str | None:
         return "optimizer"
     if _has_methods(part, "scale", "is_enabled"):
         return "scaler"
-    if isinstance(part, (WeightDecay, DataLoader)) or _has_methods(part, "get_last_lr", "step"):
+    if isinstance(part, (WeightDecay, DataLoader)):
         return "ignored"
+    if _has_methods(part, "get_last_lr", "step"):
+        return "scheduler"
     if callable(part):
         return "step"
     return None

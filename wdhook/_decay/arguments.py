@@ -18,6 +18,7 @@ from .._plan.decide import plan
 from .._plan.overrides import Overrides
 from .._plan.plan import Plan
 from .._plan.recipes import Recipe
+from .._plan.targets import Toward
 from .._roles.places import named_parameters
 from ..schedules import Schedule
 from .formulas import FORMULAS, Formula, compose
@@ -39,7 +40,9 @@ MOMENTS: tuple[str, ...] = get_args(Moment)
 Optimizers = Optimizer | Iterable[Optimizer]
 
 
-def formula_of(mode: str | None, at: str, low_precision: str | None, cautious: object) -> Formula:
+def formula_of(
+    mode: str | None, at: str, low_precision: str | None, cautious: object, toward: bool
+) -> Formula:
     """The formula that the arguments of `attach` name; a mode of None is coupled.
 
     Raises:
@@ -56,7 +59,16 @@ def formula_of(mode: str | None, at: str, low_precision: str | None, cautious: o
         raise ArgumentError(f"`cautious` must be True or False.\n  got: {cautious!r}")
     if cautious:
         _check_knows_the_update(mode, at)
-    return compose(mode, low_precision != "round", bool(cautious))
+    if cautious and toward:
+        raise ArgumentError(
+            Problem(
+                "`cautious=True` compares the update with the way to 0, and `toward` draws "
+                "elsewhere.",
+                "Give one of them",
+                {"cautious": cautious},
+            )
+        )
+    return compose(mode, low_precision != "round", bool(cautious), toward)
 
 
 def _check_can_wait(mode: str, cautious: bool) -> None:
@@ -175,14 +187,16 @@ def ready_plan(
     overrides: Overrides | None,
     recipe: Recipe | None,
     inputs: Any | None,
+    toward: Toward | None,
 ) -> Plan:
     """The plan that was given, or the one that is made of the arguments."""
+    given = {"overrides": overrides, "recipe": recipe, "inputs": inputs, "toward": toward}
     if not isinstance(weight_decay, Plan):
-        return plan(model, weight_decay, overrides=overrides, recipe=recipe, inputs=inputs)
-    if overrides is not None or recipe is not None or inputs is not None:
+        return plan(model, weight_decay, **given)  # type: ignore[arg-type]
+    if any(value is not None for value in given.values()):
         raise ArgumentError(
-            "A ready plan has its `overrides`, `recipe` and `inputs` in it already: give them to "
-            "wdhook.plan instead"
+            "A ready plan has its `overrides`, `recipe`, `inputs` and `toward` in it already: give "
+            "them to wdhook.plan instead"
         )
     names = dict(named_parameters(model))
     unknown = [

@@ -15,6 +15,7 @@ from .._plan.decide import decide, plan, require_eligible
 from .._plan.overrides import Overrides
 from .._plan.plan import Plan
 from .._plan.recipes import Recipe
+from .._plan.targets import Toward
 from ..schedules import Schedule
 from .arguments import (
     LowPrecision,
@@ -52,6 +53,7 @@ def attach(
     foreach: bool | None = None,
     low_precision: LowPrecision | None = None,
     cautious: bool = False,
+    toward: Toward | None = None,
 ) -> WeightDecay:
     r"""Decay the weights of `model`, and nothing else, once per optimizer step from now on.
 
@@ -93,6 +95,10 @@ def attach(
         cautious: decay only values that the optimizer's update shrinks too (arXiv:2510.12402),
             after the update: at ``"step"``, and not coupled. Needs memory for a copy of the decayed
             parameters during the step.
+        toward: what decay draws parameters to, in place of 0: a number, ``"init"``, an `Anchor`,
+            or a mapping from selectors to these; see `plan`. With t: p ← p − lr·λ·(p − t), or
+            g ← g + λ·(p − t). ``"init"`` is the value before the first step, and part of
+            `WeightDecay.state_dict`. Needs memory for a copy of what has values as target.
 
     Returns:
         The handle; ``print(handle.plan)`` shows what is decayed and why.
@@ -104,6 +110,7 @@ def attach(
         LearningRateError: decoupled decay has no learning rate to go by.
         AlreadyAttachedError: another handle decays some of these parameters.
         UnsupportedOptimizerError: decoupled decay cannot be taken out of this optimizer.
+        TargetError: a target shares memory with its parameter.
 
     Nothing is registered when an error is raised. What can only be seen in the training loop is
     raised there, before a step changes anything: `DoubleDecayError`, `MasterWeightsError`,
@@ -117,11 +124,13 @@ def attach(
     >>> decay.remove()
     """
     check_attach(model, weight_decay, misplaced, at, foreach)
-    formula = formula_of(mode, at, low_precision, cautious)
     schedule = weight_decay if callable(weight_decay) else None
     first = weight_decay(0) if callable(weight_decay) else weight_decay
-    ready = ready_plan(model, first, overrides, recipe, inputs)
+    formula_of(mode, at, low_precision, cautious, toward is not None)  # before the model is read
+    ready = ready_plan(model, first, overrides, recipe, inputs, toward)
     require_eligible(ready)
+    aimed = any(decision.toward for decision in ready.values())
+    formula = formula_of(mode, at, low_precision, cautious, aimed)
     optimizers = optimizers_of(optimizer)
     check_lr(formula, at, optimizers, lr)
     check_steps_are_announced(at, optimizers, schedule)
@@ -135,7 +144,7 @@ def attach(
         foreach=foreach,
         schedule=schedule,
         said_mode=mode is not None,
-        replan=partial(decide, overrides=overrides, recipe=recipe, strict=False),
+        replan=partial(decide, overrides=overrides, recipe=recipe, toward=toward, strict=False),
     )
     engine = Engine(model, ready, config)
     _check_free(engine, ready)
@@ -157,6 +166,7 @@ def adopt(
     foreach: bool | None = None,
     low_precision: LowPrecision | None = None,
     cautious: bool = False,
+    toward: Toward | None = None,
 ) -> WeightDecay:
     """Take over the decay that `optimizer` is configured with.
 
@@ -168,8 +178,8 @@ def adopt(
         optimizer: with a non-zero ``weight_decay`` in at least one param group.
         mode: None picks the formula of the optimizer's own decay, where it is known.
         at: the default ``"step"`` is when the optimizer did it itself.
-        lr, scaler, overrides, recipe, foreach, low_precision, cautious: see `attach`. An override
-            is absolute; its True means the λ of the param group.
+        lr, scaler, overrides, recipe, foreach, low_precision, cautious, toward: see `attach`. An
+            override is absolute; its True means the λ of the param group.
 
     Returns:
         The handle. `WeightDecay.remove` ends the decay; it does not give it back to the optimizer.
@@ -192,7 +202,7 @@ def adopt(
     _check_owns_no_others(model, optimizer)
     if mode is None:
         mode = _mode_of(optimizer)
-    decided = plan(model, max(λs.values()), overrides=overrides, recipe=recipe)
+    decided = plan(model, max(λs.values()), overrides=overrides, recipe=recipe, toward=toward)
     own = {n: λs[id(p)] for n, p in model.named_parameters() if id(p) in λs}
     adopted = decided.with_own(own)
     handle = attach(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from .rate import Rate
 from .rules.base import Facts, Moment, Rules
 from .rules.table import RULES
 from .state import State
+from .tally import Tallies
 
 
 class Engine:
@@ -34,6 +35,7 @@ class Engine:
         rules: what is checked, and what was warned of.
         passes: the backward passes.
         memory: what the formula remembers of each parameter.
+        tallies: those that were saved of parameters that have not been met yet.
         watchers: snapshots that wait for what a step changes.
         closed: nothing is decayed any more.
         on_close: called once, when the engine closes.
@@ -46,6 +48,7 @@ class Engine:
         # Entries that were there when the last module died, by the ids of these references.
         self._outliving: dict[int, weakref.ref[Entry]] = {}
         self.memory = Memory()
+        self.tallies = Tallies()
         model_ref = ModelRef(model, self._model_died)
         rate = Rate(plan.weight_decay, config.schedule, config.lr)
         self._unowned = rate.new_clock()
@@ -61,6 +64,7 @@ class Engine:
         try:
             self._track()
             self.rules.tell("gradient-taken-by-engine", Facts(self.state))
+            self.rules.check(Moment.PLAN, Facts(self.state))
             for optimizer in self.state.optimizers.given():
                 view = self.view(optimizer)
                 if not view.clock.announced:  # no step will come at which the rules could look
@@ -130,15 +134,13 @@ class Engine:
 
     def _remembered(self) -> Iterator[tuple[Tensor, Memo]]:
         """Parameters of the model and of optimizers, with their memos. Nothing new is decided."""
-        parameters = self.state.parameters
-        for found in parameters.walk() if self.state.config.formula.remembers else ():
-            known = parameters.known(found.param)
-            if known is not None and known.decision.eligible:
-                progress = known.progress
-                # Without one: what was loaded for a parameter that no optimizer has stepped since.
-                memo = progress.memo if progress else self.memory.new_memo(known.decision.name)
-                if memo is not None:
-                    yield found.param, memo
+        eligible = self.state.parameters.eligible
+        for found, known in eligible() if self.state.config.formula.remembers else ():
+            # Without progress: what was loaded for a parameter that was not stepped since.
+            progress = known.progress
+            memo = progress.memo if progress else self.memory.new_memo(known.decision)
+            if memo is not None:
+                yield found.param, memo
         for view in self.state.optimizers.views():
             for param, entry in view.pairs():
                 if entry.memo is not None:
@@ -152,13 +154,19 @@ class Engine:
         else:
             entry = Entry(decision.name, own, self._unowned)
         self.state.rate.recall_peak(entry)
+        entry.progress.tally = self.tallies.recall(entry.name)
         if progress is not None:
             entry.resume(progress)
         if config.formula.remembers and entry.memo is None:
-            entry.progress.memo = self.memory.new_memo(entry.name)
+            entry.progress.memo = self.memory.new_memo(decision)
         return entry
 
     # ---------------------------------------------------------------- facts
+
+    @property
+    def toward(self) -> str:
+        """What decay draws parameters to, in words; "0" for an ordinary handle."""
+        return self.state.parameters.toward()
 
     @property
     def plan(self) -> Plan:
@@ -199,37 +207,7 @@ class Engine:
         for watcher in list(self.watchers):
             watcher.note_step(view)
 
-    # ---------------------------------------------------------------- checkpoints
-
-    def save(self) -> dict[str, Any]:
-        """What a saved handle holds besides λ."""
-        progress = self.state.parameters.progress()
-        return {**self.state.rate.save(progress), "memory": self.memory.save(_memos(progress))}
-
-    def load(self, saved: Mapping[str, Any]) -> None:
-        """Undo of `save`, and of the λ that a schedule has given since."""
-        parameters, rate = self.state.parameters, self.state.rate
-        entries = parameters.entries()
-        parameters.forget_progress()
-        rate.load(saved, entries)
-        self.memory.load(saved["memory"], _memos(parameters.progress()))
-        for param, entry in parameters.pairs():
-            if entry.terms.place is None:
-                entry.move(rate.clock_after(rate.saved_steps(entry.name)))
-                entry.terms = parameters.unowned_terms(entry, param)
-        self.state.optimizers.forget()
-        if not self.state.config.in_gradient:
-            for entry in (
-                entries
-            ):  # training goes on from another point: what was shrunk since the last step is gone
-                entry.reopen()
-
 
 def _some(items: list[Any]) -> list[Any]:
     """The first, the middle and the last."""
     return [items[0], items[len(items) // 2], items[-1]] if items else []
-
-
-def _memos(progress: Mapping[str, Progress]) -> dict[str, Memo]:
-    """Name → memo, where there is one."""
-    return {name: one.memo for name, one in progress.items() if one.memo is not None}

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .memory import Memo
+from .tally import Tally
 from .tensors import Number, is_plain
 from .window import Clock, Window
 
@@ -64,19 +65,24 @@ class Progress:
         clock: counts the steps of its optimizer.
         memo: what the formula remembers of the parameter; None for a formula that remembers
             nothing.
+        tally: the decay of all steps so far; None before an optimizer is known.
     """
 
-    __slots__ = ("clock", "memo", "peak")
+    __slots__ = ("clock", "memo", "peak", "tally")
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.peak = _NO_PEAK
         self.memo: Memo | None = None
+        self.tally: Tally | None = None
 
     def copy(self) -> Progress:
         """The same for a second tensor, without a memo: what is remembered is written once."""
         copy = Progress(self.clock)
         copy.peak = self.peak
+        copy.tally = self.tally
+        if copy.tally is not None:
+            copy.tally.sharers += 1
         return copy
 
 
@@ -90,11 +96,12 @@ class Terms:
             counts.
         own: an absolute λ; None where λ is the handle's.
         peak: the largest learning rate so far.
+        tally: the decay of all steps so far, where an optimizer is known.
         device, dtype: of the parameters.
         plain: the foreach kernels know them.
     """
 
-    __slots__ = ("clock", "device", "dtype", "own", "owner", "peak", "place", "plain")
+    __slots__ = ("clock", "device", "dtype", "own", "owner", "peak", "place", "plain", "tally")
 
     def __init__(
         self,
@@ -109,6 +116,7 @@ class Terms:
         self.owner = place if owner is None else owner
         self.own = entry.own
         self.peak = entry.peak
+        self.tally = entry.progress.tally
         self.device = param.device
         self.dtype = param.dtype
         self.plain = is_plain(param)

@@ -4,173 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from torch.nn.parameter import is_lazy
-
 from .._base.errors import ArgumentError, WdhookError
-from .._base.problem import Problem
-from .._base.terminal import folded_lines
-from .._base.text import short
 from .._base.validate import check_factor
 from .._plan.plan import Plan
+from . import checkpoint
+from .check import Check, checked
+from .dose import Dose, read_dose
 from .engine import Engine
-from .entry import Entry
-from .rate import NO_PROGRESS
 from .snapshot import By, Snapshot
-
-_SHOWN = 6  # names in a line of a check
-
-
-@dataclass
-class Check:
-    """What the last optimizer step has decayed, and by how much. Made by `WeightDecay.check`.
-
-    ``print`` it: one sentence, and a line for each kind of parameter that was not decayed.
-
-    Attributes:
-        steps: finished steps of optimizers that own a parameter of the plan.
-        decayed: parameter name → the multiple of the parameter in the last decay: λ, where λ·p was
-            added to the gradient (coupled); lr·λ, where lr·λ·p was subtracted from the parameter.
-        weight_decays: parameter name → its λ now, which is that of the next step.
-        factor: the multiple as a term: ``"λ"``, ``"lr·λ"``, ...
-        numel: number of elements of the decayed parameters.
-        absent: names that earlier steps have decayed and the last one has not.
-        undecayed: names with a λ other than 0 that no step has decayed so far.
-        frozen: names with a λ other than 0 that do not require a gradient.
-        in_gradient: the decay is added to gradients (coupled).
-        announced: torch announces the steps of the optimizer.
-        paused: taken inside of `WeightDecay.paused`.
-        removed: the handle is removed, or its model is gone.
-    """
-
-    steps: int = 0
-    decayed: dict[str, float] = field(default_factory=dict)
-    weight_decays: dict[str, float] = field(default_factory=dict)
-    factor: str = "λ"
-    numel: int = 0
-    absent: list[str] = field(default_factory=list)
-    undecayed: list[str] = field(default_factory=list)
-    frozen: list[str] = field(default_factory=list)
-    in_gradient: bool = True
-    announced: bool = True
-    paused: bool = False
-    removed: bool = False
-
-    @property
-    def ok(self) -> bool:
-        """The last step has decayed something, and no trained parameter of the plan is without
-        decay."""
-        stepped = self.steps > 0 or not self.announced
-        return bool(self.decayed) and stepped and not self.undecayed
-
-    @property
-    def sentence(self) -> str:
-        """The first line says what was decayed, and by how much, or why nothing was."""
-        if self.removed:
-            return "Nothing is decayed: the handle is removed, or its model is gone."
-        trained = len(self.decayed) + len(self.absent) + len(self.undecayed)
-        if not trained:
-            why = "all parameters of the plan are frozen" if self.frozen else "λ is 0"
-            return f"Nothing is decayed: {why}."
-        if self.steps == 0 and not self.decayed:
-            return "Nothing is decayed so far: no optimizer has stepped a parameter of the plan."
-        when = f"step {self.steps}" if self.steps else "the last backward pass"
-        if not self.decayed:
-            why = " (decay is paused)" if self.paused else ""
-            return f"Nothing was decayed by {when}{why}: 0 of {trained} eligible tensors."
-        claim = "Decay works" if self.ok else "Decay is incomplete"
-        if not self.steps and self.announced:
-            claim = "No optimizer step yet"
-        share = f"{len(self.decayed)} of {trained} eligible tensors"
-        return f"{claim}: {when} decayed {share}, {self.numel:,} elements; {self._amounts()}."
-
-    def _amounts(self) -> str:
-        counts: dict[str, int] = {}
-        for amount in self.decayed.values():
-            text = f"{self._short(amount)}·p"
-            counts[text] = counts.get(text, 0) + 1
-        where = "added to the gradient" if self.in_gradient else "subtracted from the parameter"
-        term = f"{self.factor}·p"
-        if len(counts) == 1:
-            return f"{term} = {next(iter(counts))} {where}{self._λ_now()}"
-        if len(counts) <= 3:
-            shares = ", ".join(f"{text} ({n})" for text, n in counts.items())
-            return f"{term} {where}: {shares}"
-        low, high = min(self.decayed.values()), max(self.decayed.values())
-        return f"{term} {where}: {self._short(low)}·p to {self._short(high)}·p"
-
-    def _λ_now(self) -> str:
-        """λ beside its product with learning rates, where all decayed parameters have one λ."""
-        λs = {self.weight_decays[name] for name in self.decayed}
-        return "" if self.in_gradient or len(λs) > 1 else f"; λ is {short(λs.pop())}"
-
-    def _short(self, amount: float) -> str:
-        """λ in full; three digits of a product of λ with learning rates."""
-        return short(amount) if self.in_gradient else short(amount, 3)
-
-    def __str__(self) -> str:
-        lines = [self.sentence]
-        kinds = {
-            "no decay so far": self.undecayed,
-            "not in the last step (no gradient, or decay was paused)": self.absent,
-            "frozen": self.frozen,
-        }
-        for kind, names in kinds.items():
-            if names:
-                more = f", ... {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-                lines.append(f"  {kind}: {len(names)}: {', '.join(names[:_SHOWN])}{more}")
-        if self.undecayed and not self.paused:
-            lines.append(
-                "  A weight is decayed when it has a gradient and an optimizer steps it; "
-                "`python -m wdhook doctor` finds what is missing"
-            )
-        return "\n".join(folded_lines("\n".join(lines)))
-
-
-def checked(engine: Engine) -> Check:
-    """Read what the engine has kept of the last payments. Waits for the device where ``lr`` is a
-    tensor."""
-    state = engine.state
-    clocks = {id(entry.clock): entry.clock for entry in state.parameters.entries()}
-    check = Check(
-        steps=state.steps or max((clock.steps for clock in clocks.values()), default=0),
-        factor=state.config.formula.factor,
-        in_gradient=state.config.in_gradient,
-        announced=all(clock.announced for clock in clocks.values()),
-        paused=state.pauses > 0,
-    )
-    decided = state.parameters.decided()
-    for found in state.parameters.walk():
-        known = decided.get(id(found.param))
-        if known is None or not known.decision.eligible:
-            continue
-        entry = state.parameters.entry(found.param)
-        λ = state.rate.weight_decay_of(known.decision, entry)
-        if not λ:
-            continue
-        check.weight_decays[found.name] = λ
-        if not found.param.requires_grad:
-            check.frozen.append(found.name)
-        elif entry is None or not entry.receipt.number or _is_unowned(entry, state.announced):
-            check.undecayed.append(found.name)
-        elif entry.stamp < max(0, entry.clock.steps - 1):
-            check.absent.append(found.name)
-        else:
-            number = entry.receipt.number
-            check.decayed[found.name] = float(state.config.formula.amount_of(number))
-            check.numel += 0 if is_lazy(found.param) else found.param.numel()
-    return check
-
-
-def _is_unowned(entry: Entry, announced: bool) -> bool:
-    """Steps were announced, and none of an optimizer that owns the parameter."""
-    return announced and entry.terms.owner is None
-
-
-_NOTHING: Mapping[str, Any] = {**NO_PROGRESS, "memory": ()}
 
 
 class WeightDecay:
@@ -284,14 +128,14 @@ class WeightDecay:
         return self._plan if self._engine is None else self._engine.plan
 
     def snapshot(self, by: By = "role") -> Snapshot:
-        """Norms of parameters and gradients, the angle between them, and the share of the decay,
-        by group.
+        """Norms of parameters and gradients, the angle between them, the share of the decay, and
+        how far the step turns the weights, by group.
 
         Take it between ``backward()`` and ``step()``, un-scaled (``scaler.unscale_``) if the loss
         is. Nothing waits for the device until the numbers are read, and nothing is computed for a
         handle of which no snapshot is taken. Of a sharded parameter this rank's part counts.
-        Decoupled and independent: it keeps a copy of the decayed parameters until the step, whose
-        change is what the decay is a share of.
+        It keeps a copy of the parameters that have a gradient until the step has ended, for what
+        the step changes; a snapshot that is thrown away before keeps nothing.
 
         Args:
             by: ``"role"``, ``"name"`` for each parameter by itself, or a function that names the
@@ -308,8 +152,9 @@ class WeightDecay:
         >>> decay = wdhook.attach(model, 0.5)
         >>> model(torch.ones(1, 1)).sum().backward()  # a gradient of 1, and 1 more by the decay
         >>> snapshot = decay.snapshot()
-        >>> snapshot.to_dict()["groups"]["weight"]
-        {'numel': 1, 'norm': 2.0, 'grad_norm': 1.0, 'cos': 1.0, 'share': 0.5}
+        >>> weight = snapshot.to_dict()["groups"]["weight"]
+        >>> weight["norm"], weight["grad_norm"], weight["cos"], weight["share"]
+        (2.0, 1.0, 1.0, 0.5)
         >>> snapshot.scalars()["wdhook/norm/weight"]
         2.0
         >>> decay.remove()
@@ -344,62 +189,58 @@ gradient.
             return Check(removed=True)
         return checked(self._engine)
 
-    def state_dict(self) -> dict[str, Any]:
-        """λ, what a schedule cannot recompute and what deferred decay has not written, as plain
-        numbers (and tensors, where ``lr`` is one).
+    @property
+    def dose(self) -> Dose:
+        """How much decay the steps so far have been: −Σ log(1 − lr·λ); ``print`` it.
+
+        It costs one addition for each param group and step, waits for the device only where ``lr``
+        is there and only when it is read, and is saved by `state_dict`. `Dose` says what is
+        counted.
+
+        Raises:
+            WdhookError: the handle is removed.
+
+        >>> import torch, wdhook
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0)
+        >>> decay = wdhook.attach(model, 0.1, mode="decoupled", at="step")
+        >>> for _ in range(100):
+        ...     model(torch.ones(1, 3)).sum().backward()
+        ...     optimizer.step()
+        >>> print(decay.dose)
+        Dose after 100 steps: λ 0.1, 1 weight: 0.1; decay alone leaves 90.5 %: \
+a mild pull toward zero
+        >>> round(decay.dose["weight"], 6)
+        0.10005
+        >>> decay.remove()
         """
-        progress = _NOTHING if self._engine is None else self._engine.save()
+        if self._engine is None or self._engine.closed:
+            raise WdhookError("`dose` needs a handle that is attached, and this one is removed")
+        return read_dose(self._engine)
+
+    def state_dict(self) -> dict[str, Any]:
+        """λ, the dose, what a schedule cannot recompute and what deferred decay has not written, as
+        plain numbers (and tensors, where ``lr`` is one).
+
+        With ``toward="init"`` also ``targets``: name → the values before the first update, tensors
+        that are not copied.
+        """
+        progress = checkpoint.NOTHING if self._engine is None else checkpoint.save(self._engine)
         return {"weight_decay": self.weight_decay, "mode": self.mode, **progress}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the λ of `state`; a schedule goes on after the steps that had been finished.
 
         Raises:
-            ArgumentError: it is not a state of a handle, or one of another mode, or (for a handle
-                with a schedule) of one that had none.
+            ArgumentError: it is not a state of a handle, or one of another mode or with other
+                targets, or (for a handle with a schedule) of one that had none.
         """
-        # states of before there were schedules and memories have none
-        state = {"finished_steps": (), "memory": (), **state}
-        missing = {"weight_decay", "mode", *_NOTHING} - set(state)
-        if missing:
-            raise ArgumentError(
-                f"`state` is not the state of a handle.\n  missing: {', '.join(sorted(missing))}"
-            )
-        if state["mode"] != self.mode:
-            raise ArgumentError(
-                "`state` is of another mode, in which the same λ means something else.\n"
-                f"  state: {state['mode']}\n  handle: {self.mode}"
-            )
-        if (
-            self._engine is not None
-            and self._engine.state.config.schedule is not None
-            and not state["finished_steps"]
-        ):
-            raise ArgumentError(
-                "`state` is of a handle without a schedule: it does not say how many steps were "
-                "finished.\n"
-                f"  weight_decay: {state['weight_decay']!r}, then; "
-                f"now {self._engine.state.config.schedule!r}\n"
-                "  Attach with the number, or do not load this state"
-            )
-        if state["memory"] and self._engine is not None:
-            self._check_remembers(state)
+        state = checkpoint.complete(state, self.mode)
+        if self._engine is not None:
+            checkpoint.check(self._engine, state)
         self._set(check_factor(state["weight_decay"]))
         if self._engine is not None:
-            self._engine.load(state)
-
-    def _check_remembers(self, state: Mapping[str, Any]) -> None:
-        assert self._engine is not None
-        if not self._engine.state.config.formula.remembers:
-            raise ArgumentError(
-                Problem(
-                    "`state` holds decay that was counted and not written yet, and this handle "
-                    "cannot write it.",
-                    "Call flush() before the state and the model are saved, or attach without "
-                    "`cautious`",
-                    {"parameters": ", ".join(state["memory"][0])},
-                )
-            )
+            checkpoint.load(self._engine, state)
 
     def __repr__(self) -> str:
         plan = self.plan

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .._plan.anchor import Anchor
+from .._plan.decision import Decision
 from .tensors import Number
 
 
@@ -18,13 +20,21 @@ class Memo:
             None stands for 1.
         written: what the last payment multiplied the parameter with, where that is another factor
             than the one it counted; else None.
+        toward: the target as it was decided.
+        target: the target as values; None where decay draws to 0, and before the first step.
+        is_loaded: the target is that of a checkpoint.
     """
 
-    __slots__ = ("product", "written")
+    __slots__ = ("is_loaded", "product", "target", "toward", "written")
 
-    def __init__(self) -> None:
+    def __init__(self, decision: Decision) -> None:
         self.product: Number | None = None
         self.written: Number | None = None
+        self.toward = decision.toward
+        self.target: Tensor | None = None
+        self.is_loaded = False
+        if isinstance(self.toward, Anchor):
+            self.target = self.toward.value(decision.name, decision.shape)
 
     def save(self) -> dict[str, Any]:
         """The contents as a checkpoint holds them; empty where there is nothing to remember."""
@@ -38,6 +48,21 @@ class Memo:
         product = saved.get("product")
         self.product = product.detach().clone() if isinstance(product, Tensor) else product
 
+    @property
+    def is_of_init(self) -> bool:
+        """The target is the value before the first update."""
+        return isinstance(self.toward, Anchor) and self.toward.is_init
+
+    @property
+    def waits(self) -> bool:
+        """The target is the value before the first update, which has not come yet."""
+        return self.target is None and self.is_of_init
+
+    def take(self, target: Tensor | None) -> None:
+        """Take the target of a checkpoint, if the checkpoint has one; a given one stays."""
+        if target is not None and self.is_of_init:
+            self.target, self.is_loaded = target, True
+
 
 class Memory:
     """What a checkpoint holds of parameters that have not been met yet, by their names.
@@ -47,11 +72,13 @@ class Memory:
 
     def __init__(self) -> None:
         self._saved: dict[str, Mapping[str, Any]] = {}
+        self._targets: dict[str, Tensor] = {}
 
-    def new_memo(self, name: str) -> Memo:
+    def new_memo(self, decision: Decision) -> Memo:
         """A memo for a parameter that is met, with what was saved of it."""
-        memo = Memo()
-        memo.load(self._saved.pop(name, {}))
+        memo = Memo(decision)
+        memo.load(self._saved.pop(decision.name, {}))
+        memo.take(self._targets.pop(decision.name, None))
         return memo
 
     def save(self, memos: Mapping[str, Memo]) -> tuple[dict[str, Any], ...]:
@@ -70,3 +97,13 @@ class Memory:
         self._saved = {name: contents for known in saved for name, contents in known.items()}
         for name, memo in memos.items():
             memo.load(self._saved.pop(name, {}))
+
+    def save_targets(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the parameters that are known, and those that were loaded for others."""
+        return {**found, **self._targets}
+
+    def load_targets(self, saved: Mapping[str, Tensor], memos: Mapping[str, Memo]) -> None:
+        """Take the targets of a checkpoint, by the names of their parameters."""
+        self._targets = dict(saved)
+        for name, memo in memos.items():
+            memo.take(self._targets.pop(name, None))

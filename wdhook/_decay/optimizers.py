@@ -111,6 +111,38 @@ def largest_known_rate(group: Mapping[str, Any]) -> float | None:
     return max(found, default=None)
 
 
+def sgd_gain(optimizer: object, group: Mapping[str, Any]) -> Number | None:
+    """The factor by which `torch.optim.SGD` multiplies a gradient, in its step and all later ones
+    together: lr·(1 − dampening)/(1 − momentum).
+
+    None for another optimizer, and for a momentum that never fades. Nesterov's form has the same
+    sum.
+    """
+    if type(optimizer) is not torch.optim.SGD or not group["momentum"] < 1:
+        return None
+    share = (1 - group["dampening"]) / (1 - group["momentum"]) if group["momentum"] else 1.0
+    return group["lr"] * share  # type: ignore[no-any-return]
+
+
+def persistence(optimizer: object, group: Mapping[str, Any]) -> float | None:
+    """Σc²/(Σc)² of the weights c with which the updates of `torch.optim.SGD`, Adam and AdamW
+    contain the gradients of earlier steps.
+
+    1 where each update is of its own gradient, (1 − μ)/(1 + μ) with momentum μ or β₁: of two
+    updates that are alike, the second turns a weight no farther. None for other optimizers.
+    """
+    kind = type(optimizer)
+    if kind in (torch.optim.Adam, torch.optim.AdamW):
+        fades = float(group["betas"][0])
+    elif kind is torch.optim.SGD and group["momentum"] < 1:
+        fades = float(group["momentum"])
+        if group["nesterov"]:  # c₀ = 1 + μ, then μ², μ³, ...
+            return ((1 + fades) ** 2 + fades**4 / (1 - fades**2)) * (1 - fades) ** 2
+    else:
+        return None
+    return (1 - fades) / (1 + fades)
+
+
 # Own decay and sign ----------------------------------------------------------------------------
 
 

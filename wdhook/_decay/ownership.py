@@ -25,6 +25,7 @@ from .optimizers import (
 from .parameters import Known, Parameters
 from .rate import Rate
 from .stand_ins import Loan, StandIn, stand_ins
+from .tally import of_bucket
 from .window import Clock
 
 Bucket = tuple[Terms, list[Pair]]
@@ -46,9 +47,11 @@ class View:
         changes: how often the view was made.
         lazy: some parameter was not materialised when the view was made.
         unchecked: no step has been checked since the view was made.
+        begun: a step has begun since then.
     """
 
     __slots__ = (
+        "begun",
         "buckets",
         "changes",
         "clock",
@@ -74,6 +77,7 @@ class View:
         self.changes = 0
         self.lazy = False
         self.unchecked = True
+        self.begun = False
 
     def is_current(self, optimizer: Any) -> bool:
         """The optimizer holds the parameters that it held when the view was made, in the same
@@ -250,6 +254,7 @@ class Optimizers:
         view.params = groups
         view.changes += 1
         view.unchecked = True
+        view.begun = False
 
     def _entries_of(
         self, params: list[Tensor], decided: dict[int, Known], view: View
@@ -298,7 +303,7 @@ class Optimizers:
             entry.blind = blind and hasattr(param, "to_local")
             if entry.peak.value is None and not entry.peak.shared:
                 entry.peak = new_peak
-            key = Terms.key(own, entry, param)
+            key = (*Terms.key(own, entry, param), id(entry.progress.tally))
             if key not in buckets:
                 buckets[key] = Terms(view.clock, own, entry, param), []
             buckets[key][1].append((param, entry))
@@ -311,7 +316,20 @@ class Optimizers:
                 if key not in lent:
                     lent[key] = Terms(view.clock, lender, entry, param, owner=own)
                 entry.terms = lent[key]
+        for bucket in buckets.values():
+            self._share_a_tally(bucket)
         return list(buckets.values())
+
+    def _share_a_tally(self, bucket: Bucket) -> None:
+        """Give the parameters of a bucket a tally that no others have."""
+        terms, pairs = bucket
+        before = terms.tally
+        terms.tally, parted = of_bucket(before, len(pairs))
+        for _, entry in pairs:
+            entry.progress.tally = terms.tally
+        for view in self.views() if parted else ():
+            if any(others.tally is before for others, _ in view.all_buckets()):
+                view.params = []  # another optimizer steps some of the parameters too
 
     def _belongs_to_given(self, entry: Entry, optimizer: Any) -> bool:
         """The hook of a parameter goes by an optimizer that was given, and `optimizer` is none."""

@@ -29,6 +29,7 @@ from .._plan.renames import former_name, inherited
 from .._roles.marks import bare_name, is_flattened
 from .._roles.places import walk
 from .entry import Entry, Progress, Terms
+from .memory import Memo
 from .model_ref import ModelRef
 
 _FLATTENED = "_fsdp_wrapped_module."  # FSDP1 shows parts of its flat parameter, of any shape
@@ -40,13 +41,31 @@ class Known:
     Attributes:
         progress: of the tensor's entry, which it outlives; before that, of the tensor that this one
             has replaced.
+        is_new: the tensor has come after `attach`, in no other one's place.
     """
 
-    __slots__ = ("decision", "key", "kind", "local", "memory", "module", "progress", "shape")
+    __slots__ = (
+        "decision",
+        "is_new",
+        "key",
+        "kind",
+        "local",
+        "memory",
+        "module",
+        "progress",
+        "shape",
+    )
 
-    def __init__(self, decision: Decision, found: Found, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        decision: Decision,
+        found: Found,
+        progress: Progress | None = None,
+        is_new: bool = False,
+    ) -> None:
         self.decision = decision
         self.progress = progress
+        self.is_new = is_new
         self.settle(found)
 
     def settle(self, found: Found) -> None:
@@ -193,7 +212,7 @@ class Parameters:
             above, _, local = original.rpartition(".")
             old = places.get((id(paths.get(above)), local)) or undone.get(original)
             if old is None or old.decision.name == one.name:
-                result[id(one.param)] = Known(newer[one.name], one)
+                result[id(one.param)] = Known(newer[one.name], one, is_new=True)
                 continue
             decision = inherited(newer[one.name], old.decision)
             progress = old.progress
@@ -226,6 +245,35 @@ class Parameters:
         if list(renamed.items()) != list(plan.items()):
             plan = plan.renamed(renamed)
         return plan if plan.weight_decay == weight_decay else plan.scaled_to(weight_decay)
+
+    def eligible(self) -> Iterator[tuple[Found, Known]]:
+        """Parameters that are decayed, or would be once they are trained. Nothing new is
+        decided."""
+        for found in self.walk():
+            known = self._known.get(id(found.param))
+            if known is not None and known.decision.eligible:
+                yield found, known
+
+    def trained(self) -> Iterator[tuple[Tensor, Memo | None]]:
+        """Decayed parameters that require a gradient and have values, with their memos."""
+        for found, known in self.eligible():
+            if known.progress is not None and found.param.requires_grad and has_values(found.param):
+                yield found.param, known.progress.memo
+
+    def toward(self) -> str:
+        """The targets of the first plan, in words."""
+        return ", ".join(sorted({d.target for d in self._plan.values() if d.eligible}))
+
+    def renamed(self) -> dict[str, str]:
+        """Name that was decided → name now, of parameters that are somewhere else by now."""
+        names = {}
+        for found in self.walk():
+            known = self._known.get(id(found.param))
+            if known is not None:
+                before, now = (former_name(bare_name(n)) for n in (known.decision.name, found.name))
+                if before != now:
+                    names[known.decision.name] = now
+        return names
 
     def governed(self) -> dict[int, str]:
         """id → name of every parameter that is decayed, or would be once it is trained."""
@@ -293,6 +341,11 @@ class Parameters:
                 entry.handle.remove()
         self._entries.clear()
         self._unowned_terms.clear()
+
+
+def has_values(param: Tensor) -> bool:
+    """Not on the meta device, not lazy, not taken away by an engine."""
+    return not is_lazy(param) and not param.is_meta and param.numel() > 0
 
 
 def _shape(param: Tensor) -> tuple[int, ...]:

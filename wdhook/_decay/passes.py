@@ -36,7 +36,7 @@ from .entry import Due, Entry, Terms
 from .formulas import How
 from .living import living
 from .optimizers import decays_itself, is_capturable
-from .payment import pay
+from .payment import begin, pay
 from .rules.base import Facts, Rules
 from .stand_ins import engine_of
 from .state import State
@@ -292,6 +292,7 @@ class Passes:
             if due is None:
                 due = dues[hook.terms] = Due(hook.terms)
             due.add(param, grad, hook)
+        begin(state, ((param, entry.memo) for due in dues.values() for param, _, entry in due))
         if dues and not state.pauses:
             pay(state, self._payable(dues), self._how)
         if not state.announced:

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from weakref import ref
 
 import torch
+from torch import Tensor
 
 from .._base.torch_private import is_view, local_version, version
 from .entry import Due, Receipt
 from .formulas import How, Rest
+from .memory import Memo
 from .state import State
+
+
+def begin(state: State, pairs: Iterable[tuple[Tensor, Memo | None]]) -> None:
+    """Let a formula look at parameters before their first update.
+
+    Raises:
+        TargetError: a target does not fit. Nothing is changed.
+    """
+    formula = state.config.formula
+    if not formula.begins:
+        return
+    with torch.no_grad():
+        for param, memo in pairs:
+            if memo is not None:
+                formula.begin_(param, memo)
 
 
 def pay(state: State, dues: list[Due], how: Callable[[Due], How]) -> list[Rest]:

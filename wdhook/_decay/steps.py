@@ -11,11 +11,11 @@ from .._base.torch_private import version
 from . import tensors
 from .call_stack import Running
 from .engine import Engine
-from .entry import Due, Entry
+from .entry import Due, Entry, Terms
 from .formulas import How, Rest
-from .optimizers import is_capturable, only_accumulates
+from .optimizers import is_capturable, only_accumulates, sgd_gain
 from .ownership import Bucket, View
-from .payment import pay
+from .payment import begin, pay
 from .rules.base import Facts, Moment
 from .tensors import is_capturing
 from .window import STEP_AFTER_HOOK, STEP_ALONE, Answer, Evidence
@@ -71,6 +71,11 @@ class Part:
             self.engine.state.announced = True
             self.engine.passes.forget()
             self.engine.state.captured |= is_capturing()
+            if not self.view.begun:
+                state = self.engine.state
+                begin(state, ((param, entry.memo) for param, entry in self.view.pairs()))
+                begin(state, state.parameters.trained())  # other processes may step them
+                self.view.begun = True
 
     def was_moved(self) -> bool:
         """The step of a wrapper has moved the parameters. Some write to ``p.data``, so the content
@@ -215,6 +220,7 @@ class Part:
         for rest in self._rests:
             rest()
         state = self.engine.state
+        self._count()
         self.view.clock.steps += 1
         state.steps += not nested and self.view.counts
         state.taken.clear()
@@ -229,6 +235,30 @@ class Part:
         if suspects:
             facts = Facts(state, self.optimizer, self.view, suspects=suspects)
             self.engine.rules.tell("undecayed", facts)
+
+    def _count(self) -> None:
+        """Add the decay of this step to the tally of each bucket. Nothing is read."""
+        steps = self.view.clock.steps
+        for terms, pairs in self.view.all_buckets():
+            for _, entry in pairs:
+                if entry.stamp == steps:
+                    self._count_bucket(terms, entry)
+                    break  # what is decayed together has one tally
+
+    def _count_bucket(self, terms: Terms, entry: Entry) -> None:
+        state, known, tally = self.engine.state, terms.owner_group(), terms.tally
+        if known is None or tally is None:
+            return
+        formula = state.config.formula
+        gain = sgd_gain(*known) if formula.in_gradient else None
+        factor = formula.kept(entry.receipt.number, gain)
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if factor is not None and found_inf is not None:
+            factor = tensors.unless(found_inf, factor)
+        device = terms.device if is_capturable(known) else None
+        if isinstance(factor, Tensor):
+            device = factor.device
+        tally.count(factor, device, state.captured)
 
     def _schedule_stays(self) -> bool:
         """A fused optimizer has skipped the step under a GradScaler; to read that costs a

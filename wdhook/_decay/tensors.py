@@ -80,6 +80,44 @@ def mul_all_(params: list[Tensor], by: Number, foreach: bool) -> None:
             param.mul_(by)
 
 
+def lerp_all_(params: list[Tensor], targets: list[Tensor], by: Number, foreach: bool) -> None:
+    """Decoupled decay toward targets: p ← t + by·(p − t), as `torch.lerp` computes.
+
+    Args:
+        params: any shapes; of a DTensor its local part is changed.
+        targets: of the same shapes, or 0-dim.
+        by: the factor.
+        foreach: one call for all of them, where the factor is a number.
+    """
+    values = [local(param) for param in params]
+    ends = [local(here(target, param)) for target, param in zip(targets, params, strict=True)]
+    weight = 1 - by
+    if foreach and not isinstance(weight, Tensor):
+        torch._foreach_lerp_(values, ends, weight)
+        return
+    for value, end in zip(values, ends, strict=True):
+        on = weight.to(value.device, value.dtype) if isinstance(weight, Tensor) else weight
+        value.lerp_(end, on)
+
+
+def here(target: Tensor, param: Tensor) -> Tensor:
+    """A target on the device and in the dtype of its parameter; copied where it is kept
+    elsewhere."""
+    return target.to(param.device, param.dtype, non_blocking=True)
+
+
+def sharded_as(whole: Tensor, param: Any) -> Tensor:
+    """The part of a tensor that this rank holds of a DTensor of the same shape, as a DTensor. No
+    communication."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = param.device_mesh
+    everywhere = DTensor.from_local(
+        whole.to(param.device), mesh, [Replicate()] * mesh.ndim, run_check=False
+    )
+    return everywhere.redistribute(mesh, param.placements)
+
+
 def loss_scale(scaler: Any | None, device: torch.device) -> Tensor | None:
     """The factor that a ``GradScaler`` multiplies the loss with: 0-dim, on `device`; None where
     there is none."""
@@ -176,15 +214,26 @@ def is_not_zero(grad: Any) -> bool:
     return some is not None and bool(some)
 
 
-def add_rows_(grad: Tensor, param: Tensor, weight_decay: Number, seen: Tensor | None) -> Tensor:
+def add_rows_(
+    grad: Tensor,
+    param: Tensor,
+    weight_decay: Number,
+    seen: Tensor | None,
+    target: Tensor | None = None,
+) -> Tensor:
     """Coupled decay of a sparse gradient: only rows of `param` that it names, and not in `seen`.
+
+    Decay draws to `target`; None stands for 0.
 
     Returns:
         All rows decayed so far (1-D, int64), to be given as `seen` with the next micro-batch.
     """
     rows, index, seen = _new_rows(grad, seen)
     if len(rows):
-        values = _flat(grad, param)[rows] * weight_decay
+        values = _flat(grad, param)[rows]
+        if target is not None:
+            values = values - _target_rows(grad, param, target, rows)
+        values = values * weight_decay
         shape = (len(rows), *grad.shape[grad.sparse_dim() :])
         # The indices come from a valid tensor, so they need no check.
         grad.add_(
@@ -195,13 +244,26 @@ def add_rows_(grad: Tensor, param: Tensor, weight_decay: Number, seen: Tensor | 
     return seen
 
 
-def mul_rows_(grad: Tensor, param: Tensor, by: Number, seen: Tensor | None) -> Tensor:
+def mul_rows_(
+    grad: Tensor, param: Tensor, by: Number, seen: Tensor | None, target: Tensor | None = None
+) -> Tensor:
     """Decoupled decay where the gradient is sparse; see `add_rows_`."""
     rows, _, seen = _new_rows(grad, seen)
     if len(rows):
         flat = _flat(grad, param)
-        flat[rows] = flat[rows] * by
+        values = flat[rows]
+        if target is None:
+            values = values * by
+        else:
+            lerp_all_([values], [_target_rows(grad, param, target, rows)], by, False)
+        flat[rows] = values
     return seen
+
+
+def _target_rows(grad: Tensor, param: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+    """The rows of a target; a 0-dim target as it is."""
+    near = here(target, param)
+    return near if near.dim() == 0 else _flat(grad, near)[rows]
 
 
 def local(param: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from .decision import Decision
 from .overrides import Candidate, Overrides, apply_overrides
 from .plan import Plan
 from .recipes import Recipe, follow
+from .targets import Toward, aim
 
 if TYPE_CHECKING:
     from .._audit.report import Audit
@@ -34,6 +35,7 @@ def plan(
     recipe: Recipe | None = None,
     audit: Audit | None = None,
     inputs: Any | None = None,
+    toward: Toward | None = None,
 ) -> Plan:
     """Decide which parameters of `model` are decayed. Pure: nothing is registered or changed.
 
@@ -49,6 +51,9 @@ def plan(
             overrides still win, and where the audit saw nothing, types and names decide.
         inputs: example inputs, in place of `audit`: the model is audited on them. A tensor, a
             tuple of arguments, or a mapping of arguments by name. The pass runs on copies.
+        toward: the values to which decay draws parameters, in place of 0: a number; ``"init"``,
+            the values before the first update (L2-SP; Li et al. 2018, arXiv:1802.01483); an
+            `Anchor`; or an ordered mapping from a selector to one of these. The last match wins.
 
     Returns:
         One `Decision` for each name that ``model.named_parameters()`` gives, in its order.
@@ -68,7 +73,7 @@ def plan(
     check_sources(audit, inputs, recipe)
     if inputs is not None:
         audit = audit_with(model, inputs)
-    return decide(model, weight_decay, overrides, recipe, strict=True, audit=audit)
+    return decide(model, weight_decay, overrides, recipe, strict=True, audit=audit, toward=toward)
 
 
 def decide(
@@ -78,6 +83,7 @@ def decide(
     recipe: Recipe | None,
     strict: bool,
     audit: Audit | None = None,
+    toward: Toward | None = None,
 ) -> Plan:
     """Make a plan; with `strict` False for a model that has changed since it was first planned.
 
@@ -92,6 +98,8 @@ def decide(
         decisions = _follow_recipe(model, recipe, value)
     if overrides is not None:
         _override(model, decisions, overrides, value, strict)
+    if toward is not None:
+        _aim(model, decisions, toward, strict)
     _refuse_flattened(model, decisions)
     _refuse_overflow(model, decisions)
     return Plan(value, decisions, model)
@@ -209,6 +217,13 @@ def _override(
             guess=False,
             follows=given is None,
         )
+
+
+def _aim(model: nn.Module, decisions: dict[str, Decision], toward: Toward, strict: bool) -> None:
+    """Give the decayed parameters their targets, in place."""
+    candidates = list(_candidates(model, decisions))
+    for name, target in aim(candidates, decisions, toward, strict):
+        decisions[name] = replace(decisions[name], toward=target)
 
 
 def _candidates(model: nn.Module, decisions: Mapping[str, Decision]) -> Iterator[Candidate]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._roles.vocabulary import Role
+from .anchor import Anchor
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Decision:
         trainable: whether the parameter required a gradient when the plan was made. A frozen
             parameter keeps its decision, and is decayed from the first step that trains it.
         aliases: further names of a tied parameter.
+        toward: the value that decay draws the parameter to, a number or an `Anchor`.
     """
 
     name: str
@@ -37,11 +39,17 @@ class Decision:
     follows: bool = False
     trainable: bool = True
     aliases: tuple[str, ...] = ()
+    toward: float | Anchor = 0.0
 
     @property
     def eligible(self) -> bool:
         """True where the parameter is decayed, now or later (a schedule may start at zero)."""
         return self.follows or self.weight_decay > 0
+
+    @property
+    def target(self) -> str:
+        """`toward` in a word."""
+        return f"{self.toward:g}" if isinstance(self.toward, float) else str(self.toward)
 
     def to_dict(self) -> dict[str, Any]:
         """The decision as plain data that ``json.dumps`` takes, with the attributes as keys."""
@@ -56,4 +64,5 @@ class Decision:
             "follows": self.follows,
             "trainable": self.trainable,
             "aliases": list(self.aliases),
+            "toward": self.toward if isinstance(self.toward, float) else str(self.toward),
         }

@@ -58,13 +58,32 @@ def apply_overrides(
             '  For example overrides={"bias": 0.0, "head.*": True}'
         )
     for selector, given in overrides.items():
-        matches, label = _matcher(selector, candidates)
+        names, label = selected(selector, candidates, "overrides", strict)
         λ = _absolute(given, label)
-        names = dict.fromkeys(c.name for c in candidates if matches(c))
-        if strict and not names:
-            raise SelectorError(_nothing_matches(label, selector, candidates))
         for name in names:
             yield name, λ, f"override {label}"
+
+
+def selected(
+    selector: Any, candidates: Sequence[Candidate], argument: str, strict: bool
+) -> tuple[list[str], str]:
+    """Names of the parameters that a selector matches, and its label in messages.
+
+    Args:
+        selector: see `wdhook.plan`.
+        candidates: every name of every parameter.
+        argument: the one that the selector is a key of, for messages.
+        strict: True where a selector that matches nothing is an error.
+
+    Raises:
+        ArgumentError: the selector has no meaning.
+        SelectorError: the selector matches nothing.
+    """
+    matches, label = _matcher(selector, candidates)
+    names = list(dict.fromkeys(c.name for c in candidates if matches(c)))
+    if strict and not names:
+        raise SelectorError(_nothing_matches(argument, label, selector, candidates))
+    return names, label
 
 
 def _absolute(given: Any, label: str) -> float | None:
@@ -128,14 +147,16 @@ def _by_predicate(predicate: Predicate) -> tuple[Test, str]:
 _SHOWN = 6  # names in a line of an error
 
 
-def _nothing_matches(label: str, selector: Any, candidates: Sequence[Candidate]) -> str:
+def _nothing_matches(
+    argument: str, label: str, selector: Any, candidates: Sequence[Candidate]
+) -> str:
     """The error for a selector without a match: near words first, the others counted."""
     roles = sorted({str(c.role) for c in candidates})
     classes = sorted({shown_class(c.module) for c in candidates})
     names = list(dict.fromkeys(c.bare for c in candidates))
     text = selector if isinstance(selector, str) else ""
     question = [repr(word) for word in _nearest(text, roles, names)]
-    lines = ["A selector in `overrides` matches nothing.", f"  selector: {label}"]
+    lines = [f"A selector in `{argument}` matches nothing.", f"  selector: {label}"]
     if question:
         lines.append(f"  Did you mean {' or '.join(question)}?")
     lines += [

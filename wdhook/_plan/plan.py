@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._base.errors import WdhookError
+from .._base.errors import TargetError, WdhookError
 from .._base.text import did_you_mean
 from .._base.validate import check_factor
 from .._roles.places import named_parameters
@@ -131,7 +131,15 @@ class Plan(Mapping[str, Decision]):
 
         Raises:
             WdhookError: the model no longer exists, or has lost a parameter of the plan.
+            TargetError: the plan draws parameters to other values than 0, as no optimizer does.
         """
+        aimed = [decision.name for decision in self.values() if decision.toward]
+        if aimed:
+            raise TargetError(
+                "`param_groups` has no place for targets: an optimizer draws parameters to 0.\n"
+                f"  parameter: {aimed[0]}\n"
+                "  Use wdhook.attach(model, weight_decay, toward=...)"
+            )
         model = self._model()
         if model is None:
             raise WdhookError(

@@ -25,8 +25,12 @@ def _former_part(found: re.Match[str]) -> str:
 
 
 def inherited(new: Decision, old: Decision | None) -> Decision:
-    """`new`, with the exemption or absolute λ that its parameter had under another name."""
-    if old is None or old.follows or not new.eligible:
+    """`new`, with the exemption, absolute λ and target that its parameter had under another
+    name."""
+    if old is None or not new.eligible:
+        return new
+    new = replace(new, toward=old.toward)
+    if old.follows:
         return new
     reason = f"was {old.name}: {old.reason}"
     return replace(new, weight_decay=old.weight_decay, follows=False, reason=reason)

@@ -185,6 +185,8 @@ def _reason(decision: Decision) -> str:
     reason = f"guess: {decision.reason}" if decision.guess else decision.reason
     if decision.aliases:
         reason += f"; tied to {', '.join(decision.aliases)}"
+    if decision.toward:
+        reason += f"; toward {decision.target}"
     if decision.weight_decay > 0 and not decision.trainable:
         reason += "; frozen"
     return reason

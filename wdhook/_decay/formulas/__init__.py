@@ -14,24 +14,28 @@ from .coupled import Coupled
 from .decoupled import Decoupled
 from .deferred import Deferred
 from .independent import Independent
+from .toward import kept, toward_targets
 
 FORMULAS: dict[str, Formula] = {
     formula.name: formula for formula in (Coupled(), Decoupled(), Independent(), Corrected())
 }
 
 
-def compose(mode: str, defers: bool = True, cautious: bool = False) -> Formula:
+def compose(
+    mode: str, defers: bool = True, cautious: bool = False, toward: bool = False
+) -> Formula:
     """The formula of a handle.
 
     Args:
         mode: a key of `FORMULAS`.
         defers: collect decay that parameters of low precision cannot hold yet.
         cautious: decay where the update agrees; for a formula that changes parameters.
+        toward: some parameter has another target than 0.
     """
-    formula = FORMULAS[mode]
+    formula = toward_targets(FORMULAS[mode]) if toward else FORMULAS[mode]
     if not isinstance(formula, Shrinking):
         return formula
     return Cautious(formula) if cautious else Deferred(formula, defers)
 
 
-__all__ = ["FORMULAS", "Formula", "How", "Rates", "Rest", "compose"]
+__all__ = ["FORMULAS", "Formula", "How", "Rates", "Rest", "compose", "kept"]

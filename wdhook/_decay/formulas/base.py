@@ -70,6 +70,7 @@ class Formula:
         remembers: each parameter has a `Memo`.
         defers: decay that a low-precision parameter cannot hold yet is kept for later.
         at_step_only: the formula has to know the update.
+        begins: `begin_` has to be called.
     """
 
     name: str
@@ -80,6 +81,14 @@ class Formula:
     remembers: bool = False
     defers: bool = False
     at_step_only: bool = False
+    begins: bool = False
+
+    def begin_(self, param: Tensor, memo: Memo) -> None:
+        """Look at a parameter before its first update. May be called again."""
+
+    def target(self, memo: Memo | None) -> Tensor | None:
+        """The values to which a parameter is drawn; None stands for 0."""
+        return None
 
     def number(self, rates: Rates) -> Number:
         """The number that is written with. All numbers of a step are computed before the first is
@@ -99,11 +108,23 @@ class Formula:
         """The multiple of a parameter that a payment with that number takes or adds."""
         return 1 - number
 
+    def kept(self, number: Number, gain: Number | None) -> Number | None:
+        """The factor by which decay alone multiplies a parameter in one step; None where nobody
+        can tell.
+
+        Args:
+            number: of the payment.
+            gain: the factor by which plain SGD multiplies a gradient, in this step and all later
+                ones together; None for another optimizer, or a formula that does not add to
+                gradients.
+        """
+        return number
+
     def taken(self, before: Tensor, change: Tensor, number: Number) -> Tensor:
         """The part of a change that is decay, for a formula that changes parameters.
 
         Args:
-            before: values before the step.
+            before: values before the step, less the target.
             change: of the step, decay and update: before − after.
             number: of the payment.
         """
@@ -143,7 +164,8 @@ class Shrinking(Formula):
         self.shrink_(dense.params, [entry.memo for entry in dense.entries], number, how.foreach)
         for param, grad, entry in () if sparse is None else sparse:
             seen = entry.rows if entry.paid else None
-            entry.rows = tensors.mul_rows_(grad, param, number, seen)
+            target = self.target(entry.memo)
+            entry.rows = tensors.mul_rows_(grad, param, number, seen, target)
         return None
 
     def shrink_(

@@ -48,6 +48,10 @@ class Cautious(Formula):
         """The number itself; of values that the mask spares nothing is taken."""
         return number
 
+    def kept(self, number: Number, gain: Number | None) -> Number | None:
+        """Of values that the mask spares all is kept: a lower bound."""
+        return 1 - number
+
     def taken(self, before: Tensor, change: Tensor, number: Number) -> Tensor:
         """The decay agrees with the whole change where it agrees with the update alone."""
         return before * number * (torch.sign(before) * torch.sign(change) >= 0)

@@ -24,29 +24,31 @@ class Coupled(Formula):
         """The number itself."""
         return number
 
+    def kept(self, number: Number, gain: Number | None) -> Number | None:
+        """1 − lr·λ, if the update is lr times the gradient."""
+        assert isinstance(number, float)
+        return None if gain is None else 1 - tensors.wide(gain) * abs(number)
+
     def pay_(self, due: Due, number: Number, how: How) -> Rest | None:
         """Add to each gradient, times the factor of the loss."""
         assert isinstance(number, float)
         dense, sparse = due.split_sparse() if due.has_sparse() else (due, None)
-        foreach = tensors.use_foreach(how.foreach, dense.params)
-        if how.by_autograd or all(map(tensors.is_writable, dense.grads)):
-            tensors.add_all_(dense.grads, dense.params, number, how.scale, foreach)
-        else:
-            _replace(dense, number, how)
+        if not (how.by_autograd or all(map(tensors.is_writable, dense.grads))):
+            _renew_gradients(dense)
+        self.add_(dense, number, how)
         for param, grad, entry in () if sparse is None else sparse:
             seen = entry.rows if entry.paid else None
             amount = tensors.scaled(number, how.scale)
-            entry.rows = tensors.add_rows_(grad, param, amount, seen)
+            entry.rows = tensors.add_rows_(grad, param, amount, seen, self.target(entry.memo))
         return None
 
+    def add_(self, due: Due, number: float, how: How) -> None:
+        """Add to dense gradients that can be changed in place."""
+        foreach = tensors.use_foreach(how.foreach, due.params)
+        tensors.add_all_(due.grads, due.params, number, how.scale, foreach)
 
-def _replace(due: Due, number: float, how: How) -> None:
-    """Give each parameter a new gradient with the decay; a gradient made in inference mode cannot
-    be changed."""
-    for param in due.params:
-        grad = param.grad
-        assert grad is not None
-        grad = grad.clone()
-        tensors.add_(grad, param, number, how.scale)
-        param.grad = grad
-    due.grads[:] = [param.grad for param in due.params]  # type: ignore[misc]
+
+def _renew_gradients(due: Due) -> None:
+    """Give each parameter a copy of its gradient; one made in inference mode cannot be changed."""
+    for index, param in enumerate(due.params):
+        param.grad = due.grads[index] = due.grads[index].clone()

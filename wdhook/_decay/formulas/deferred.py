@@ -48,6 +48,15 @@ class Deferred(Shrinking):
         self.factor = formula.factor
         self.needs_peak = formula.needs_peak
         self.defers = defers
+        self.begins = formula.begins
+
+    def begin_(self, param: Tensor, memo: Memo) -> None:
+        """As the formula does."""
+        self._formula.begin_(param, memo)
+
+    def target(self, memo: Memo | None) -> Tensor | None:
+        """That of the formula."""
+        return self._formula.target(memo)
 
     def waits(self, dtype: torch.dtype | None) -> bool:
         """Tell a precision in which decay is collected."""

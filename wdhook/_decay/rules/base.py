@@ -21,7 +21,8 @@ from ..state import State
 class Moment(enum.Enum):
     """Moments of a training, each with rules."""
 
-    ATTACH = "at `attach`"
+    PLAN = "at `attach`, of the model"
+    ATTACH = "at `attach`, of an optimizer"
     BACKWARD = "in the backward pass"
     STEP = "before the step changes anything"
     FOREIGN_STEP = "before the step of an optimizer that owns nothing of the model"

@@ -38,3 +38,8 @@ def at_step(state: State) -> bool:
 def default_mode(state: State) -> bool:
     """The caller has named no mode."""
     return not state.config.said_mode
+
+
+def aimed(state: State) -> bool:
+    """Decay draws some parameter to another value than 0."""
+    return state.config.formula.begins

@@ -12,7 +12,7 @@ from ..._base.errors import (
     UnsupportedOptimizerError,
     WdhookWarning,
 )
-from . import engines, gradients, optimizers, ownership, scaling
+from . import engines, gradients, optimizers, ownership, scaling, targets
 from .base import Moment, Rule
 from .conditions import (
     at_step,
@@ -444,4 +444,5 @@ RULES = (
         answer="λ stays at its beginning",
         asked=True,
     ),
+    *targets.RULES,
 )
