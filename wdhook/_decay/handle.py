@@ -348,7 +348,7 @@ class WeightDecay:
         ...     model(torch.ones(1, 3)).sum().backward()
         ...     optimizer.step()
         >>> print(decay.dose)
-        Dose after 100 steps: λ 0.1, 1 weight: 0.1; decay alone leaves 90.5 %: \
+        Dose so far: λ 0.1, 1 weight: 0.1; decay alone leaves 90.5 %: \
 a mild pull toward zero
         >>> round(decay.dose["weight"], 6)
         0.10005
