@@ -51,7 +51,7 @@ class DoseClass:
 
     @property
     def share(self) -> float | None:
-        """The part of the initial values that decay alone would have left: e^(−dose)."""
+        """The part of the initial values that decay alone would have left, e^(−dose)."""
         return None if self.dose is None else math.exp(-self.dose)
 
     @property
@@ -112,7 +112,7 @@ class Dose(Mapping[str, "float | None"]):
 
     @property
     def largest(self) -> float | None:
-        """The largest dose that is known: one number for a logger. None where none is."""
+        """The largest dose that is known, as one number for a logger. None where none is."""
         return max((one.dose for one in self.classes if one.dose is not None), default=None)
 
     def to_dict(self) -> dict[str, Any]:

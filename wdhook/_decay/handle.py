@@ -331,7 +331,7 @@ class WeightDecay:
 
     @property
     def dose(self) -> Dose:
-        """How much decay the steps so far have been: −Σ log(1 − lr·λ); ``print`` it.
+        """The decay of all steps so far, −Σ log(1 − lr·λ); ``print`` it.
 
         It costs one addition for each param group and step, waits for the device only where ``lr``
         is there and only when it is read, and is saved by `state_dict`. `Dose` says what is
