@@ -291,7 +291,8 @@ def test_both_ways_out_of_a_checkpoint_that_decays(way: str) -> None:
     optimizer.load_state_dict(state["optimizer"])
     pattern = (
         r"(?s)param_groups\[0\]\['weight_decay'\] = 0.05"
-        r".*again after loading a checkpoint of it"
+        r".*wdhook\.adopt\(model, optimizer\)\n"
+        r".*again after loading a checkpoint of it:\n.*group\[\"weight_decay\"\] = 0\.0"
     )
     with pytest.raises(wdhook.DoubleDecayError, match=pattern):
         train(model, optimizer, batches(model, 1, seed=2))

@@ -134,7 +134,14 @@ def _print_entries(known: Sequence[Entry]) -> None:
         colours.append(FAINT if not_run else "")
     print_table(rows, colours=colours)
     print()
-    cells = {cell for row in rows for cell in row}
+    _print_meanings(known)
+
+
+def _print_meanings(known: Sequence[Entry]) -> None:
+    """Explain the words in the rows of a table."""
+    cells: set[str] = set()
+    for entry in known:
+        cells.update(entry.values())
     for cell, meaning in _CELLS.items():
         if cell in cells:
             print(*paragraph(f"{cell}: {meaning}", later="  "), sep="\n")
