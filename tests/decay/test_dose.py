@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from field import Wrapper
 from torch import Tensor, nn
 from twins import LR, NoReading, batches, calls, loss_of, perceptron, train, zero, λ
 
@@ -220,6 +221,41 @@ def test_two_optimizers_of_one_parameter() -> None:
         assert handle.dose == started.doses()
 
 
+@pytest.mark.parametrize("at", MOMENTS)
+def test_a_wrapper_counts_once(at: str) -> None:
+    """The step of the optimizer inside is the step."""
+    model = net()
+    inside = SGD(model.parameters(), lr=LR)
+    optimizer = Wrapper(inside)
+    started = Started(model)
+    with wdhook.attach(model, λ, mode="independent", at=at, optimizer=optimizer) as handle:
+        for _ in range(3):
+            step(model, optimizer)
+        assert handle.dose == started.doses()
+
+
+def test_an_optimizer_for_each_parameter_in_the_backward_pass() -> None:
+    """Each counts its own steps, also after a checkpoint in which all doses are one number."""
+    model = net(4)
+    optimizers = {param: SGD([param], lr=LR) for param in model.parameters()}
+
+    def take(param: Tensor) -> None:
+        optimizers[param].step()
+        optimizers[param].zero_grad()
+
+    started = Started(model)
+    with wdhook.attach(model, λ, mode="decoupled", at="step") as handle:
+        for param in optimizers:
+            param.register_post_accumulate_grad_hook(take)
+        for _ in range(3):
+            still(model).backward()
+        assert handle.dose == started.doses()
+        handle.load_state_dict(handle.state_dict())
+        for _ in range(2):
+            still(model).backward()
+        assert handle.dose == started.doses()
+
+
 def test_cautious_decay_is_a_bound() -> None:
     """What the mask spares is counted as if it had been taken."""
     model = perceptron(torch.float64)
@@ -423,14 +459,14 @@ def test_words_and_json() -> None:
     with wdhook.attach(
         model, λ, mode="decoupled", at="step", overrides={"5.weight": 0.0}
     ) as handle:
-        assert str(handle.dose).startswith("Dose after 0 steps: λ 0.05, 1 weight: 0; ")
+        assert str(handle.dose).startswith("Dose so far: λ 0.05, 1 weight: 0; ")
         zero(model, to_none=True)
         loss_of(model, batches(model, 1)[0]).backward()
         optimizer.step()
         dose = handle.dose
     assert list(dose) == ["3.weight"]
     assert str(dose) == (
-        "Dose after 1 step: λ 0.05, 1 weight: 5e-07; decay alone leaves 100 %: decay has no effect"
+        "Dose so far: λ 0.05, 1 weight: 5e-07; decay alone leaves 100 %: decay has no effect"
     )
     assert dose.to_dict()["classes"][0]["half_lives"] == pytest.approx(5e-7 / math.log(2), rel=1e-6)
     with pytest.raises(wdhook.WdhookError, match="removed"):

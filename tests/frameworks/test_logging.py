@@ -92,15 +92,14 @@ def norm_of_weights(net: nn.Module) -> float:
 
 
 def test_tensorboard(net: nn.Module, tmp_path: Path) -> None:
-    """λ, norm, gradient, angle and share of each role, at every second step."""
+    """λ, norm, gradient, angles, share and change of each role, at every second step."""
     pytest.importorskip("tensorboard", reason="needs tensorboard")
     start = norm_of_weights(net)
     run(TENSORBOARD, net)
     logged = events(tmp_path / "runs")
-    kinds = {
-        f"wdhook/{kind}/{role}" for kind in ("norm", "grad_norm", "cos", "share") for role in ROLES
-    }
-    assert logged.keys() == {"wdhook/weight_decay", *kinds}
+    kinds = ("norm", "grad_norm", "cos", "share", "change", "angle")
+    tags = {f"wdhook/{kind}/{role}" for kind in kinds for role in ROLES}
+    assert logged.keys() == {"wdhook/weight_decay", "wdhook/equilibrium/weight", *tags}
     assert [step for step, _ in logged["wdhook/norm/weight"]] == [0, 2]
     # float32 in the file and in the sums: 61 squares, each rounded by 2⁻²⁴ of itself.
     assert logged["wdhook/norm/weight"][0][1] == pytest.approx(start, rel=1e-6)

@@ -51,7 +51,7 @@ class DoseClass:
 
     @property
     def share(self) -> float | None:
-        """The part of the initial values that decay alone would have left: e^(−dose)."""
+        """The part of the initial values that decay alone would have left, e^(−dose)."""
         return None if self.dose is None else math.exp(-self.dose)
 
     @property
@@ -90,7 +90,8 @@ class Dose(Mapping[str, "float | None"]):
       decay in it is not seen.
 
     Attributes:
-        steps: finished optimizer steps of the handle.
+        steps: finished optimizer steps of the handle, without those before a checkpoint, whose
+            decay is in the dose.
         classes: those classes, in the order of the model.
         unknown: why some doses are None; empty where none is.
     """
@@ -112,7 +113,7 @@ class Dose(Mapping[str, "float | None"]):
 
     @property
     def largest(self) -> float | None:
-        """The largest dose that is known: one number for a logger. None where none is."""
+        """The largest dose that is known, as one number for a logger. None where none is."""
         return max((one.dose for one in self.classes if one.dose is not None), default=None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,12 +136,11 @@ class Dose(Mapping[str, "float | None"]):
         return f"Dose(steps={self.steps}, doses={doses})"
 
     def __str__(self) -> str:
-        after = f"{self.steps:,} {'step' if self.steps == 1 else 'steps'}"
         if not self.classes:
-            return f"Dose after {after}: no weight is decayed."
-        lines = [f"Dose after {after}: {self.classes[0]}"]
+            return "Dose so far: no weight is decayed."
+        lines = [f"Dose so far: {self.classes[0]}"]
         if len(self.classes) > 1:
-            lines = [f"Dose after {after}:", *(f"  {one}" for one in self.classes)]
+            lines = ["Dose so far:", *(f"  {one}" for one in self.classes)]
         if self.unknown:
             lines.append(f"  {self.unknown}")
         return "\n".join(lines)

@@ -191,7 +191,7 @@ gradient.
 
     @property
     def dose(self) -> Dose:
-        """How much decay the steps so far have been: −Σ log(1 − lr·λ); ``print`` it.
+        """The decay of all steps so far, −Σ log(1 − lr·λ); ``print`` it.
 
         It costs one addition for each param group and step, waits for the device only where ``lr``
         is there and only when it is read, and is saved by `state_dict`. `Dose` says what is
@@ -208,7 +208,7 @@ gradient.
         ...     model(torch.ones(1, 3)).sum().backward()
         ...     optimizer.step()
         >>> print(decay.dose)
-        Dose after 100 steps: λ 0.1, 1 weight: 0.1; decay alone leaves 90.5 %: \
+        Dose so far: λ 0.1, 1 weight: 0.1; decay alone leaves 90.5 %: \
 a mild pull toward zero
         >>> round(decay.dose["weight"], 6)
         0.10005
