@@ -63,7 +63,7 @@ ALIASES = {
 
 # Docstrings put arguments and values in single backticks as well as names: names become links.
 default_role = "py:obj"
-_PRIVATE = r"wdhook\._.*|Audit|History|Overrides|Recipe|.*Error"
+_PRIVATE = r"wdhook\._.*|Audit|History|Overrides|Recipe|Toward|.*Error"
 nitpick_ignore_regex = [("py:obj", ".*"), ("py:class", _PRIVATE)]
 
 maximum_signature_line_length = 90  # longer ones get a line for each argument
