@@ -199,5 +199,5 @@ def test_the_guard(two: Group, tmp_path: Path) -> None:
         two(guarded, str(tmp_path), False)
     message = str(failure.value)
     assert message.count("wdhook._base.errors.DoubleDecayError: ") == 2
-    assert "set it to 0 after optimizer.load_state_dict" in message
+    assert "again after loading a checkpoint of it" in message
     two(guarded, str(tmp_path), True)
