@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -478,6 +480,311 @@ def test_a_state_is_saved_by_the_names_of_now(cut_first: bool) -> None:
     for layer, target in zip(again, (start[0], start[2], start[3]), strict=True):
         assert torch.equal(layer.weight, torch.zeros(4, 4).lerp(target, 1 - (1 - LR * λ)))
     resumed.remove()
+
+
+# ---------------------------------------------------------------- states of other shapes of a model
+
+
+def zero_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """A step whose gradients are 0: what moves a parameter is its decay."""
+    optimizer = SGD(model.parameters(), lr=LR) if optimizer is None else optimizer
+    optimizer.zero_grad()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sum((p * 0).sum() for p in trained).backward()  # type: ignore[union-attr]
+    optimizer.step()
+
+
+def tower(count: int = 3) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(count)))
+
+
+HOW: dict[str, Any] = {"mode": "decoupled", "at": "step"}
+
+
+class Wrapper(nn.Module):
+    """Names parameters as DistributedDataParallel does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_a_state_of_a_wrapped_model(inner: bool) -> None:
+    """Attached to a wrapper and resumed without it, or the other way round: targets and schedule
+    go on."""
+    schedule = wdhook.schedules.linear(0.1, 0.9, 8)
+    model = tower()
+    start = firsts(model)
+    with wdhook.attach(Wrapper(model) if inner else model, schedule, toward="init", **HOW) as decay:
+        zero_step(model)
+        with torch.no_grad():
+            model[0].weight.add_(1.0)
+        zero_step(model)
+        state, λ_then = decay.state_dict(), decay.weight_decay
+    again = tower()
+    again.load_state_dict(model.state_dict())
+    resumed = wdhook.attach(again if inner else Wrapper(again), schedule, toward="init", **HOW)
+    resumed.load_state_dict(state)
+    assert list(resumed.state_dict()["targets"]) == ["0.weight", "1.weight", "2.weight"]
+    assert torch.equal(resumed.state_dict()["targets"]["0.weight"], start["0.weight"])
+    zero_step(again)
+    assert resumed.weight_decay == schedule(3)
+    assert λ_then == schedule(2)
+    resumed.remove()
+
+
+def test_two_tensors_that_were_decided_under_one_name() -> None:
+    """After an insertion both have a target of their own in the state."""
+    model = tower(2)
+    decay = wdhook.attach(model, λ, toward="init", **HOW)
+    start = firsts(model)
+    zero_step(model)
+    model.insert(1, nn.Linear(4, 4, bias=False))
+    new = model[1].weight.detach().clone()
+    with pytest.warns(wdhook.WdhookWarning, match="new parameter"):
+        zero_step(model)
+    targets = decay.state_dict()["targets"]
+    expected = {"0.weight": start["0.weight"], "1.weight": new, "2.weight": start["1.weight"]}
+    assert_bit_equal(targets, expected)
+    decay.load_state_dict(decay.state_dict())
+    assert_bit_equal(decay.state_dict()["targets"], expected)
+    decay.remove()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("toward", ["init", "given"])
+def test_a_tensor_that_is_made_of_another_keeps_its_target(toward: str, trained: bool) -> None:
+    """Weight norm makes two of one; the second carries the weight."""
+    model = tower(1)
+    start = model[0].weight.detach().clone()
+    anchor: Any = "init" if toward == "init" else wdhook.Anchor({"0.weight": start})
+    decay = wdhook.attach(model, λ, toward=anchor, **HOW)
+    if trained:
+        zero_step(model)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    nn.utils.parametrizations.weight_norm(model[0])
+    weight = model[0].parametrizations.weight.original1
+    before = weight.detach().clone()
+    zero_step(model)
+    # Before the first step the values that are loaded count: those are at their target.
+    target = before if toward == "init" and not trained else start
+    assert torch.equal(weight, before.lerp(target, 1 - (1 - LR * λ)))
+    decay.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_flush_before_the_first_step_keeps_what_was_loaded(dtype: torch.dtype) -> None:
+    model = tower(1).to(dtype)
+    start = model[0].weight.detach().clone()
+    with wdhook.attach(model, λ, toward="init", **HOW) as decay:
+        zero_step(model)
+        state = decay.state_dict()
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    resumed = wdhook.attach(model, λ, toward="init", **HOW)
+    resumed.load_state_dict(state)
+    resumed.flush()
+    assert torch.equal(resumed.state_dict()["targets"]["0.weight"], start)
+    zero_step(model)
+    assert torch.equal(resumed.state_dict()["targets"]["0.weight"], start)
+    resumed.remove()
+
+
+def test_pending_decay_toward_a_number_is_flushed_toward_it() -> None:
+    """Loaded before any step of the new handle."""
+    model = tower(1).bfloat16()
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    with wdhook.attach(model, 0.04, toward=1.0, **HOW) as decay:
+        zero_step(model)
+        state = decay.state_dict()
+    assert state["memory"]
+    with wdhook.attach(model, 0.04, toward=1.0, **HOW) as resumed:
+        resumed.load_state_dict(state)
+    assert model[0].weight.eq(1).all()
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        {"0.*": "init", "1.*": 1.0},
+        {"0.*": 2.0, "1.*": "init"},
+        {"0.*": 1.0000001, "1.*": "init"},
+        {"0.*": 1.0, "1.*": "init", "2.*": 1.0},
+    ],
+    ids=str,
+)
+def test_targets_are_compared_one_by_one(now: Any) -> None:
+    model = tower()
+    with wdhook.attach(model, λ, toward={"0.*": 1.0, "1.*": "init"}, **HOW) as decay:
+        state = decay.state_dict()
+    with wdhook.attach(model, λ, toward={"0.*": 1.0, "1.*": "init"}, **HOW) as same:
+        same.load_state_dict(state)
+    other = wdhook.attach(model, λ, toward=now, **HOW)
+    with other, pytest.raises(wdhook.ArgumentError, match="other targets"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("by", ["attach", "plan", "adopt"])
+def test_a_new_layer_is_decided_by_the_same_rules(by: str) -> None:
+    """A number is its target too, and an override holds, however the plan was made."""
+    model = tower(1)
+    rules: dict[str, Any] = {"toward": 1.0, "overrides": {"*": True}}
+    if by == "attach":
+        decay = wdhook.attach(model, λ, **rules, **HOW)
+    elif by == "plan":
+        decay = wdhook.attach(model, wdhook.plan(model, λ, **rules), **HOW)
+    else:
+        optimizer = AdamW(model.parameters(), lr=LR, weight_decay=λ)
+        decay = wdhook.adopt(model, optimizer, **rules)
+    model.append(nn.Linear(4, 4))
+    before = model[1].weight.detach().clone()
+    zero_step(model)
+    assert torch.equal(model[1].weight, before.lerp(torch.ones(()), 1 - (1 - LR * λ)))
+    assert decay.plan["1.bias"].weight_decay == λ
+    decay.remove()
+
+
+def test_new_layers_and_a_source_whose_names_mean_others() -> None:
+    """A layer that pushes others on is not drawn to the values under its name."""
+    model = tower(2)
+    decay = wdhook.attach(model, λ, toward=wdhook.Anchor(tower(2)), **HOW)
+    zero_step(model)
+    model.insert(1, nn.Linear(4, 4, bias=False))
+    before = model[1].weight.detach().clone()
+    with pytest.warns(wdhook.WdhookWarning, match="drawn to 0"):
+        zero_step(model)
+    assert torch.equal(model[1].weight, before * (1 - LR * λ))
+    decay.remove()
+
+
+@pytest.mark.parametrize("kind", ["LBFGS", "Lion", "second"])
+def test_a_resume_without_the_state_is_told(kind: str) -> None:
+    """Whatever the state of an optimizer looks like; also of a second one."""
+
+    class Lion(SGD):
+        """Has a momentum under another name, and no count."""
+
+        def step(self, closure: Any = None) -> None:
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["exp_avg"] = torch.ones_like(p)
+            super().step()
+
+    model = tower(2)
+    params = list(model[1 if kind == "second" else 0].parameters())
+    if kind == "LBFGS":
+        optimizer: torch.optim.Optimizer = torch.optim.LBFGS(params, lr=LR)
+    else:
+        optimizer = (AdamW if kind == "second" else Lion)(params, lr=LR, weight_decay=0)
+
+    def step() -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = model(torch.ones(1, 4)).sum()
+            loss.backward()
+            return loss
+
+        closure()
+        optimizer.step(closure) if kind == "LBFGS" else optimizer.step()
+
+    step()
+    with wdhook.attach(model, λ, toward="init", **HOW):
+        if kind == "second":
+            zero_step(model[0])
+        with pytest.warns(wdhook.WdhookWarning, match="stepped before"):
+            step()
+
+
+def test_a_new_optimizer_with_an_old_state_is_no_resume() -> None:
+    """The handle has the first values already."""
+    model = tower(1)
+    one = AdamW(model.parameters(), lr=LR, weight_decay=0)
+    with wdhook.attach(model, λ, toward="init", **HOW):
+        zero_step(model, one)
+        other = AdamW(model.parameters(), lr=LR, weight_decay=0)
+        other.load_state_dict(one.state_dict())
+        zero_step(model, other)
+
+
+def test_a_source_that_the_model_takes_over_after_attach() -> None:
+    """`load_state_dict(assign=True)` of the source: the target would move with the parameter."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    state = {"0.weight": torch.ones(2, 2)}
+    decay = wdhook.attach(model, λ, toward=wdhook.Anchor(state), **HOW)
+    model.load_state_dict(state, assign=True)
+    with pytest.raises(wdhook.TargetError, match="shares memory"):
+        zero_step(model)
+    decay.remove()
+
+
+@pytest.mark.parametrize("toward", ["init", "given"])
+def test_the_dtype_of_an_anchor(toward: str) -> None:
+    """Also of a source, and of what was loaded."""
+    model = tower(1)
+    source: Any = "init" if toward == "init" else tower(1)
+    with wdhook.attach(model, λ, toward="init", **HOW) as decay:
+        zero_step(model)
+        state = decay.state_dict()
+    anchor = wdhook.Anchor(source, dtype=torch.bfloat16)
+    resumed = wdhook.attach(model, λ, toward=anchor, **HOW)
+    if toward == "init":
+        resumed.load_state_dict(state)
+    before = model[0].weight.detach().clone()
+    zero_step(model)
+    target = tower(1)[0].weight.detach().bfloat16().float()
+    assert torch.equal(model[0].weight, before.lerp(target, 1 - (1 - LR * λ)))
+    resumed.remove()
+
+
+def test_a_number_keeps_its_precision() -> None:
+    """0.1 in bfloat16 is another number than in float64."""
+    model = tower(1).bfloat16()
+    decay = wdhook.attach(model, λ, toward=0.1, **HOW)
+    zero_step(model)
+    model.double()
+    for _ in range(2):
+        with torch.no_grad():
+            model[0].weight.fill_(0.1)
+        zero_step(model)
+    assert model[0].weight.eq(0.1).all()
+    decay.remove()
+
+
+def test_a_real_precision_for_complex_values_is_refused() -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))
+    anchor = wdhook.Anchor("init", dtype=torch.bfloat16)
+    decay = wdhook.attach(model, λ, overrides={"weight": True}, toward=anchor, **HOW)
+    (model.weight.real * 0).sum().backward()
+    with pytest.raises(wdhook.TargetError, match="complex"):
+        SGD(model.parameters(), lr=LR).step()
+    decay.remove()
+
+
+def test_a_tied_weight_has_a_target_under_any_of_its_names() -> None:
+    model = tower(2)
+    model[1].weight = model[0].weight
+    source = {"1.weight": torch.ones(4, 4)}
+    decay = wdhook.attach(model, λ, toward=wdhook.Anchor(source), **HOW)
+    before = model[0].weight.detach().clone()
+    zero_step(model)
+    assert torch.equal(model[0].weight, before.lerp(torch.ones(4, 4), 1 - (1 - LR * λ)))
+    decay.remove()
+
+
+def test_nothing_is_kept_of_a_model_that_is_gone() -> None:
+    model = tower(1)
+    decay = wdhook.attach(model, λ, toward="init", **HOW)
+    zero_step(model)
+    target = weakref.ref(decay.state_dict()["targets"]["0.weight"])
+    assert target() is not None
+    del model
+    gc.collect()
+    assert target() is None
 
 
 def test_adopt_toward() -> None:

@@ -225,8 +225,10 @@ def targets_without_meaning() -> None:
 
 
 def state_of_other_targets() -> None:
-    state = wdhook.attach(line(), λ, toward="init", **AIMED).state_dict()
-    wdhook.attach(line(), λ, toward=1.0, **AIMED).load_state_dict(state)
+    model = line()
+    with wdhook.attach(model, λ, toward="init", **AIMED) as decay:
+        state = decay.state_dict()
+    wdhook.attach(model, λ, toward=1.0, **AIMED).load_state_dict(state)
 
 
 def target_of_another_shape() -> None:
@@ -262,7 +264,7 @@ IN_CALLS: dict[str, Callable[[], object]] = {
     "`cautious=True` with `toward=`": cautious_toward,
     "a target that is no": targets_without_meaning,
     "a state with other targets": state_of_other_targets,
-    "a target of another shape": target_of_another_shape,
+    "a target that has another shape": target_of_another_shape,
     "`Plan.param_groups`": groups_of_a_plan_with_targets,
     "a state with pending decay": pending_for_a_cautious_handle,
     "`apply_weight_decay` before": lambda: wdhook.apply_weight_decay(line(), weight_decay=λ),

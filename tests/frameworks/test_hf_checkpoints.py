@@ -153,3 +153,26 @@ def test_a_learning_rate_that_is_a_tensor() -> None:
     state = json.loads(json.dumps(callback.state()))["attributes"]["resumed"]
     assert state["lr_peaks"][0]["0.weight"] == torch.tensor(LR).item()
     callback.remove()
+
+
+def test_toward_given_values_goes_on(tmp_path: Path) -> None:
+    """Decay toward the values of another model: JSON holds a few of them, by which others are
+    told."""
+    source = perceptron(seed=5)
+    how: dict[str, Any] = {"mode": "decoupled", "at": "step"}
+    straight, again = perceptron(seed=8), perceptron(seed=9)
+    train(straight, tmp_path, WeightDecayCallback(λ, toward=wdhook.Anchor(source), **how), **SAVE)
+    checkpoint = str(tmp_path / "checkpoint-8")
+    same = WeightDecayCallback(λ, toward=wdhook.Anchor(source), **how)
+    train(again, tmp_path, same, resume=checkpoint, **SAVE)
+    assert_bit_equal(again.state_dict(), straight.state_dict())
+    other = WeightDecayCallback(λ, toward=wdhook.Anchor(perceptron(seed=6)), **how)
+    with pytest.raises(wdhook.ArgumentError, match="other values of the source"):
+        train(perceptron(), tmp_path, other, resume=checkpoint, **SAVE)
+    other.remove()
+
+
+def test_first_values_do_not_fit_into_json(tmp_path: Path) -> None:
+    """An error when training begins, not at the first checkpoint."""
+    with pytest.raises(wdhook.ArgumentError, match=r"wdhook\.Anchor\(start\)"):
+        train(perceptron(), tmp_path, WeightDecayCallback(λ, toward="init"))

@@ -196,3 +196,18 @@ def test_a_search_for_the_learning_rate(mode: str, tmp_path: Path) -> None:
         fit(module, *callbacks, search, default_root_dir=tmp_path)
         assert search.optimal_lr.results["lr"][-1] == 1.0
     assert_bit_equal(net.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("saved", ["while fit runs", "after fit"])
+def test_toward_first_values_goes_on(saved: str, tmp_path: Path) -> None:
+    """Decay toward the values before the first update: those of the run that was interrupted."""
+    kind, path = torch.optim.SGD, tmp_path / "run.ckpt"
+
+    def callback() -> WeightDecay:
+        return WeightDecay(λ, mode="decoupled", at="step", toward="init")
+
+    straight, net = perceptron(), perceptron(seed=8)
+    fit(Regression(straight, kind), callback(), max_epochs=5)
+    ours = [Regression(model, kind) for model in (perceptron(), net)]
+    resumed(*ours, path, saved, [callback()], [callback()])
+    assert_bit_equal(net.state_dict(), straight.state_dict())

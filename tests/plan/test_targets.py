@@ -109,7 +109,46 @@ def test_a_source_with_the_names_of_wrappers() -> None:
     """A checkpoint of a DistributedDataParallel of a compiled model."""
     source = {f"module._orig_mod.{n}": p for n, p in perceptron().state_dict().items()}
     anchor = wdhook.Anchor(source)
-    assert anchor.value("0.weight", (5, 4)) is not None
-    assert anchor.value("0.weight", (4, 5)) is None
-    assert anchor.value("7.weight", (4, 5)) is None
-    assert wdhook.Anchor().value("0.weight", (5, 4)) is None
+    assert anchor.value(["0.weight"], (5, 4)) is not None
+    assert anchor.value(["head.weight", "0.weight"], (5, 4)) is not None
+    assert anchor.value(["0.weight"], (4, 5)) is None
+    assert anchor.value(["7.weight"], (4, 5)) is None
+    assert wdhook.Anchor().value(["0.weight"], (5, 4)) is None
+
+
+def test_names_that_differ_by_a_prefix_alone() -> None:
+    """`module.` is a wrapper's prefix, and may be the name of a sub-module."""
+    one, other = torch.zeros(2), torch.ones(2)
+    anchor = wdhook.Anchor({"fc.weight": one, "module.fc.weight": other})
+    assert anchor.value(["fc.weight"], (2,)) is not None
+    assert torch.equal(anchor.value(["fc.weight"], (2,)), one)
+    assert torch.equal(anchor.value(["module.fc.weight"], (2,)), other)
+
+
+def test_a_state_dict_may_hold_objects_beside_tensors() -> None:
+    """`get_extra_state` of modules; but nothing else than those is no source."""
+    assert (
+        wdhook.Anchor({"w": torch.ones(2), "_extra_state": {"a": 1}}).value(["w"], (2,)) is not None
+    )
+    with pytest.raises(wdhook.ArgumentError, match="Anchor"):
+        wdhook.Anchor(nn.Linear(2, 2, device="meta"))
+
+
+def test_a_number_that_the_parameter_cannot_hold() -> None:
+    model = perceptron(torch.float16)
+    with pytest.raises(wdhook.ArgumentError, match="toward"):
+        wdhook.plan(model, λ, toward=1e5)
+    assert wdhook.plan(model, λ, toward=1e4)["0.weight"].toward == 1e4
+
+
+@pytest.mark.parametrize("source", ["init", "given"])
+def test_a_copy_of_an_anchor_says_where_it_is_kept(source: str) -> None:
+    anchor = wdhook.Anchor(
+        "init" if source == "init" else perceptron(), device="cpu", dtype=torch.bfloat16
+    )
+    again = pickle.loads(pickle.dumps(anchor))
+    assert (again.is_init, again.device, again.dtype) == (
+        source == "init",
+        torch.device("cpu"),
+        torch.bfloat16,
+    )

@@ -144,7 +144,7 @@ def attach(
         foreach=foreach,
         schedule=schedule,
         said_mode=mode is not None,
-        replan=partial(decide, overrides=overrides, recipe=recipe, toward=toward, strict=False),
+        replan=ready.again or partial(decide, overrides=None, recipe=None, strict=False),
     )
     engine = Engine(model, ready, config)
     _check_free(engine, ready)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from .._base.errors import ArgumentError
 from .._base.problem import Problem
-from .._plan.anchor import Anchor
+from .._plan.anchor import Anchor, probe
+from .._plan.names import plain_name
 from .engine import Engine
-from .entry import Progress
 from .formulas import kept
 from .memory import Memo
 from .parameters import has_values
@@ -21,50 +21,44 @@ from .tally import Tally
 NOTHING: Mapping[str, Any] = {**NO_PROGRESS, "memory": (), "doses": ()}
 """What is saved of a handle that is removed."""
 
-_BY_NAME = {"doses", "finished_steps", "lr_peaks", "memory", "probes", "targets"}
+_BY_NAME = {"doses", "finished_steps", "lr_peaks", "memory", "probes", "targets", "toward"}
 
 
 # ------------------------------------------------------------------------------------ save, load
 
 
 def save(engine: Engine) -> dict[str, Any]:
-    """What a saved handle holds besides λ and mode, by the names that parameters have now."""
+    """What a saved handle holds besides λ and mode, by the plain names that parameters have now."""
     progress = engine.state.parameters.progress()
     tallies = {name: one.tally for name, one in progress.items() if one.tally is not None}
+    memos = {name: one.memo for name, one in progress.items() if one.memo is not None}
     saved = {
         **engine.state.rate.save(progress),
-        "memory": engine.memory.save(_memos(progress)),
+        "memory": engine.memory.save(memos),
         "doses": engine.tallies.save(tallies),
     }
-    if engine.state.config.formula.begins:
-        more = {"targets": _targets(engine), "probes": _probes(engine)}
-        saved |= {"toward": engine.toward, **{key: of for key, of in more.items() if of}}
-    return _by_names(saved, engine.state.parameters.renamed())
+    return saved | (_targets(engine) if engine.state.config.formula.begins else {})
 
 
 def load(engine: Engine, saved: Mapping[str, Any]) -> None:
     """Undo of `save`, and of the λ that a schedule has given since."""
-    parameters, rate = engine.state.parameters, engine.state.rate
-    saved = _by_decided_names(engine, saved)
-    entries = parameters.entries()
+    parameters = engine.state.parameters
     parameters.forget_progress()
-    rate.load(saved, entries)
-    memos = _memos(parameters.progress())
-    engine.memory.load(saved["memory"], memos)
-    engine.memory.load_targets(saved.get("targets", {}), memos)
+    tracked = parameters.track_all()
+    saved = _by_present_names(saved, [name for name, *_ in tracked])
+    engine.state.rate.load(saved, [(name, entry) for name, _, entry in tracked])
+    memos = {name: entry.memo for name, _, entry in tracked if entry.memo is not None}
+    engine.memory.load(saved["memory"], saved.get("targets", {}), memos)
     tallies: list[Tally | None]
-    tallies = engine.tallies.load(saved["doses"], [entry.name for entry in entries])
-    for entry, tally in zip(entries, tallies, strict=True):
+    tallies = engine.tallies.load(saved["doses"], [name for name, *_ in tracked])
+    for (_, param, entry), tally in zip(tracked, tallies, strict=True):
         entry.progress.tally = tally
-    for param, entry in parameters.pairs():
-        if entry.terms.place is None:
-            entry.move(rate.clock_after(rate.saved_steps(entry.name)))
+        if entry.terms.place is None and param is not None:
             entry.terms = parameters.unowned_terms(entry, param)
-    engine.state.optimizers.forget()
-    if not engine.state.config.in_gradient:
-        # Training goes on from another point: what was shrunk since the last step is gone.
-        for entry in entries:
+        if not engine.state.config.in_gradient:
+            # Training goes on from another point: what was shrunk since the last step is gone.
             entry.reopen()
+    engine.state.optimizers.forget()
 
 
 def complete(state: Mapping[str, Any], mode: str) -> dict[str, Any]:
@@ -115,56 +109,56 @@ def check(engine: Engine, state: Mapping[str, Any]) -> None:
         )
 
 
-def _memos(progress: Mapping[str, Progress]) -> dict[str, Memo]:
-    return {name: one.memo for name, one in progress.items() if one.memo is not None}
-
-
 # --------------------------------------------------------------------------------------- targets
 
 
-def _targets(engine: Engine) -> dict[str, Tensor]:
-    """Name → values before the first update; of frozen parameters, those of trained ones."""
-    targets: dict[str, Tensor] = {}
+def _targets(engine: Engine) -> dict[str, Any]:
+    """What is saved of targets, by name: all in words (or numbers), first values whole, and a few
+    of given ones."""
+    words: dict[str, float | str] = {}
+    firsts: dict[str, Tensor] = {}
+    probes: dict[str, list[float]] = {}
+    names = engine.state.parameters.names()
     for found, known in engine.state.parameters.eligible():
-        param, name = found.param, known.decision.name
+        param, name, toward = found.param, names[id(found.param)], known.decision.toward
+        if toward:
+            words[name] = toward if isinstance(toward, float) else str(toward)
         memo = known.progress.memo if known.progress is not None else None
         memo = Memo(known.decision) if memo is None else memo
         if memo.is_of_init and memo.target is not None:
-            targets[name] = memo.target
+            firsts[name] = memo.target
         elif memo.waits and param.requires_grad and has_values(param):
-            targets[name] = kept(param, memo.toward)
-    return engine.memory.save_targets(targets)
-
-
-def _probes(engine: Engine) -> dict[str, tuple[float, ...]]:
-    """Name → a few of the values that were given as target."""
-    decisions = [known.decision for _, known in engine.state.parameters.eligible()]
-    probes = {
-        d.name: d.toward.probe(d.name, d.shape) for d in decisions if isinstance(d.toward, Anchor)
-    }
-    return {name: probe for name, probe in probes.items() if probe}
+            assert isinstance(toward, Anchor)
+            firsts[name] = kept(param, toward)
+        if (given := known.decision.given) is not None and (few := probe(given)):
+            probes[name] = few
+    more = {"targets": engine.memory.save_targets(firsts), "probes": probes}
+    return {"toward": (words,), **{key: of for key, of in more.items() if of}}
 
 
 def _check_targets(engine: Engine, state: Mapping[str, Any]) -> None:
-    toward, saved = engine.toward, state.get("toward", "0")
-    if saved != toward:
-        raise ArgumentError(
-            Problem(
-                "`state` is of a handle with other targets: decay would draw parameters to "
-                "other values than before.",
-                "Attach with the same `toward`, or do not load this state",
-                {"toward in the state": saved, "toward of this handle": toward},
-            )
-        )
-    before, now = _by_decided_names(engine, state).get("probes", {}), _probes(engine)
-    others = [name for name in before if name in now and before[name] != now[name]]
+    """Raise where decay would draw a parameter to another value than before."""
+    parameters = engine.state.parameters
+    names = parameters.names()
+    saved = _by_present_names(state, names.values())
+    before: dict[str, float | str] = (saved.get("toward") or ({},))[0]
+    probes = saved.get("probes", {})
+    others = []
+    for found, known in parameters.eligible():
+        name, toward = names[id(found.param)], known.decision.toward
+        now = toward if isinstance(toward, float) else str(toward)
+        given = known.decision.given
+        if before.get(name, 0.0) != now and not known.is_new:
+            others.append(f"{name}: {before.get(name, 0.0)}, now {now}")
+        elif name in probes and given is not None and list(probes[name]) != probe(given):
+            others.append(f"{name}: other values of the source")
     if others:
         raise ArgumentError(
             Problem(
-                "`toward` has other values than in the run that saved `state`.",
-                "Give the source of that run to wdhook.Anchor",
+                "`state` is of other targets: decay would draw parameters to other values than "
+                "before. (A state that was taken after remove() has none.)",
+                "Attach with the same `toward`, or do not load this state",
                 {"parameters": f"{len(others)}, first {others[0]}"},
-                tuple(others),
             )
         )
 
@@ -172,23 +166,22 @@ def _check_targets(engine: Engine, state: Mapping[str, Any]) -> None:
 # ----------------------------------------------------------------------------------------- names
 
 
-def _by_decided_names(engine: Engine, saved: Mapping[str, Any]) -> dict[str, Any]:
-    names = engine.state.parameters.renamed()
-    return _by_names(saved, {now: decided for decided, now in names.items()})
-
-
-def _by_names(saved: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A state with other names of parameters. A name that passes to another tensor belongs to a
-    tensor that has left the model."""
-    passed_on = set(names.values())
+def _by_present_names(saved: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A state by the names of a model that may be wrapped or parametrized otherwise than the one
+    that was saved."""
+    present = set(names)
+    plain = {plain_name(name): name for name in present}
 
     def renamed(of: Mapping[str, Any]) -> dict[str, Any]:
-        stay = {name: value for name, value in of.items() if name in names or name not in passed_on}
-        return {names.get(name, name): value for name, value in stay.items()}
+        def now(name: str) -> str:
+            return name if name in present else plain.get(plain_name(name), name)
+
+        return {now(name): value for name, value in of.items()}
 
     changed = dict(saved)
-    for key in _BY_NAME & set(saved) if names else ():
+    for key in _BY_NAME & set(saved):
         of = saved[key]
         if of is not None:
-            changed[key] = tuple(map(renamed, of)) if isinstance(of, tuple) else renamed(of)
+            is_several = isinstance(of, (tuple, list))
+            changed[key] = tuple(map(renamed, of)) if is_several else renamed(of)
     return changed

@@ -128,19 +128,19 @@ class Engine:
 
     def flush(self) -> None:
         """Write what the formula has collected and not written yet."""
+        formula = self.state.config.formula
         with torch.no_grad():
             for param, memo in list(self._remembered()):
-                self.state.config.formula.flush_(param, memo)
+                if formula.begins and memo.product is not None:
+                    formula.begin_(param, memo)  # a state may have been loaded before any step
+                formula.flush_(param, memo)
 
     def _remembered(self) -> Iterator[tuple[Tensor, Memo]]:
         """Parameters of the model and of optimizers, with their memos. Nothing new is decided."""
         eligible = self.state.parameters.eligible
         for found, known in eligible() if self.state.config.formula.remembers else ():
-            # Without progress: what was loaded for a parameter that was not stepped since.
-            progress = known.progress
-            memo = progress.memo if progress else self.memory.new_memo(known.decision)
-            if memo is not None:
-                yield found.param, memo
+            if known.progress is not None and known.progress.memo is not None:
+                yield found.param, known.progress.memo
         for view in self.state.optimizers.views():
             for param, entry in view.pairs():
                 if entry.memo is not None:
@@ -162,11 +162,6 @@ class Engine:
         return entry
 
     # ---------------------------------------------------------------- facts
-
-    @property
-    def toward(self) -> str:
-        """What decay draws parameters to, in words; "0" for an ordinary handle."""
-        return self.state.parameters.toward()
 
     @property
     def plan(self) -> Plan:

@@ -77,8 +77,9 @@ class Progress:
         self.tally: Tally | None = None
 
     def copy(self) -> Progress:
-        """The same for a second tensor, without a memo: what is remembered is written once."""
+        """The same for a second tensor that is made of the parameter."""
         copy = Progress(self.clock)
+        copy.memo = None if self.memo is None else self.memo.copy()
         copy.peak = self.peak
         copy.tally = self.tally
         if copy.tally is not None:

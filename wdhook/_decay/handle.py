@@ -54,7 +54,7 @@ class WeightDecay:
         if self._engine is not None:
             if not self._engine.closed:
                 self._engine.flush()
-            self._plan = self._engine.last_plan()
+            self._plan = self._engine.last_plan().bare()
             self._engine.close()
             self._engine = None
 

@@ -31,10 +31,16 @@ class Memo:
         self.product: Number | None = None
         self.written: Number | None = None
         self.toward = decision.toward
-        self.target: Tensor | None = None
+        self.target = decision.given
         self.is_loaded = False
-        if isinstance(self.toward, Anchor):
-            self.target = self.toward.value(decision.name, decision.shape)
+
+    def copy(self) -> Memo:
+        """The target, for a second tensor that is made of the parameter. What is counted is written
+        once."""
+        copy: Memo = Memo.__new__(Memo)
+        copy.product = copy.written = None
+        copy.toward, copy.target, copy.is_loaded = self.toward, self.target, self.is_loaded
+        return copy
 
     def save(self) -> dict[str, Any]:
         """The contents as a checkpoint holds them; empty where there is nothing to remember."""
@@ -61,7 +67,7 @@ class Memo:
     def take(self, target: Tensor | None) -> None:
         """Take the target of a checkpoint, if the checkpoint has one; a given one stays."""
         if target is not None and self.is_of_init:
-            self.target, self.is_loaded = target, True
+            self.target, self.is_loaded = target.detach().clone(), True
 
 
 class Memory:
@@ -92,18 +98,19 @@ class Memory:
         saved = {name: contents for name, contents in saved.items() if contents}
         return (saved,) if saved else ()
 
-    def load(self, saved: tuple[Mapping[str, Any], ...], memos: Mapping[str, Memo]) -> None:
+    def load(
+        self,
+        saved: tuple[Mapping[str, Any], ...],
+        targets: Mapping[str, Tensor],
+        memos: Mapping[str, Memo],
+    ) -> None:
         """Undo of `save`: also of what has been remembered since."""
         self._saved = {name: contents for known in saved for name, contents in known.items()}
+        self._targets = dict(targets)
         for name, memo in memos.items():
             memo.load(self._saved.pop(name, {}))
+            memo.take(self._targets.pop(name, None))
 
     def save_targets(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of the parameters that are known, and those that were loaded for others."""
         return {**found, **self._targets}
-
-    def load_targets(self, saved: Mapping[str, Tensor], memos: Mapping[str, Memo]) -> None:
-        """Take the targets of a checkpoint, by the names of their parameters."""
-        self._targets = dict(saved)
-        for name, memo in memos.items():
-            memo.take(self._targets.pop(name, None))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,9 +24,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
 from .._base.torch_private import has_hook, is_storage_of, storage_of
+from .._plan.anchor import Anchor
 from .._plan.decision import Decision
+from .._plan.names import former_name, plain_names
 from .._plan.plan import Plan
-from .._plan.renames import former_name, inherited
+from .._plan.renames import inherited
 from .._roles.marks import bare_name, is_flattened
 from .._roles.places import walk
 from .entry import Entry, Progress, Terms
@@ -42,11 +45,13 @@ class Known:
         progress: of the tensor's entry, which it outlives; before that, of the tensor that this one
             has replaced.
         is_new: the tensor has come after `attach`, in no other one's place.
+        is_unaimed: an `Anchor` was to say its target, whose names mean other tensors.
     """
 
     __slots__ = (
         "decision",
         "is_new",
+        "is_unaimed",
         "key",
         "kind",
         "local",
@@ -65,7 +70,11 @@ class Known:
     ) -> None:
         self.decision = decision
         self.progress = progress
+        anchor = decision.toward
         self.is_new = is_new
+        self.is_unaimed = is_new and isinstance(anchor, Anchor) and not anchor.is_init
+        if self.is_unaimed:
+            self.decision = replace(decision, toward=0.0)
         self.settle(found)
 
     def settle(self, found: Found) -> None:
@@ -260,20 +269,11 @@ class Parameters:
             if known.progress is not None and found.param.requires_grad and has_values(found.param):
                 yield found.param, known.progress.memo
 
-    def toward(self) -> str:
-        """The targets of the first plan, in words."""
-        return ", ".join(sorted({d.target for d in self._plan.values() if d.eligible}))
-
-    def renamed(self) -> dict[str, str]:
-        """Name that was decided → name now, of parameters that are somewhere else by now."""
-        names = {}
-        for found in self.walk():
-            known = self._known.get(id(found.param))
-            if known is not None:
-                before, now = (former_name(bare_name(n)) for n in (known.decision.name, found.name))
-                if before != now:
-                    names[known.decision.name] = now
-        return names
+    def names(self) -> dict[int, str]:
+        """id → name in checkpoints, of every parameter of the model: the plain name of now."""
+        found = list(self.walk())
+        plain = plain_names(one.name for one in found)
+        return {id(one.param): plain[one.name] for one in found}
 
     def governed(self) -> dict[int, str]:
         """id → name of every parameter that is decayed, or would be once it is trained."""
@@ -313,12 +313,26 @@ class Parameters:
         return terms
 
     def progress(self) -> dict[str, Progress]:
-        """How far each decayed parameter of the model has come, by the name that was decided."""
-        found = {entry.name: entry.progress for entry in self.entries()}
-        for known in self.decided().values():
-            if known.progress is not None:
-                found.setdefault(known.decision.name, known.progress)
+        """How far each decayed parameter has come, by its name in checkpoints."""
+        names = self.names()
+        known = self.decided()
+        found = {names[key]: k.progress for key, k in known.items() if k.progress is not None}
+        for key, entry in list(self._entries.items()):
+            found.setdefault(names.get(key, entry.name), entry.progress)
         return found
+
+    def track_all(self) -> list[tuple[str, Tensor | None, Entry]]:
+        """Every decayed parameter: its name in checkpoints, itself where it is in the model, and
+        its entry, made if there is none."""
+        names, known = self.names(), self.decided()
+        tracked: list[tuple[str, Tensor | None, Entry]] = []
+        for found in self.walk():
+            entry = self.track(found.param, known.get(id(found.param)))
+            if entry is not None:
+                tracked.append((names[id(found.param)], found.param, entry))
+        inside = {id(entry) for *_, entry in tracked}
+        others = [entry for entry in self.entries() if id(entry) not in inside]
+        return tracked + [(entry.name, None, entry) for entry in others]
 
     def forget_progress(self) -> None:
         """Forget how far parameters without an entry have come: training goes back."""
@@ -335,12 +349,13 @@ class Parameters:
                 yield one.param, entry
 
     def clear(self) -> None:
-        """Remove every hook, and forget every entry."""
+        """Remove every hook, and forget every entry and what was remembered."""
         for entry in self.entries():
             if entry.handle is not None:
                 entry.handle.remove()
         self._entries.clear()
         self._unowned_terms.clear()
+        self.forget_progress()
 
 
 def has_values(param: Tensor) -> bool:

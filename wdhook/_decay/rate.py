@@ -149,32 +149,35 @@ class Rate:
         finished = () if self._schedule is None else (steps,)
         return {"lr_peaks": (peaks,) if peaks else (), "finished_steps": finished}
 
-    def load(self, state: Mapping[str, Any], entries: Iterable[Entry]) -> None:
+    def load(self, state: Mapping[str, Any], entries: Iterable[tuple[str, Entry]]) -> None:
         """Undo of `save`. What is saved of parameters that are not known waits until they are
-        met."""
+        met.
+
+        Args:
+            state: what was saved.
+            entries: of the parameters that are known, by their names in checkpoints.
+        """
         self._saved_peaks = {n: lr for known in state["lr_peaks"] for n, lr in known.items()}
         self._saved_steps = {n: k for known in state["finished_steps"] for n, k in known.items()}
         shared: dict[Any, Peak] = {}
         for clock in self._clocks:
             clock.finished = 0
         self._after.clear()
-        for entry in entries:
-            peak = self._saved_peaks.pop(entry.name, None)
+        for name, entry in entries:
+            peak = self._saved_peaks.pop(name, None)
             key = peak if is_number(peak) else id(peak)
             entry.peak = shared.setdefault(key, Peak(peak))
-            if entry.terms.place is not None:
-                steps = self._saved_steps.pop(entry.name, 0)
+            steps = self._saved_steps.pop(name, 0)
+            if entry.terms.place is None:
+                entry.move(self._clock_after(steps))
+            else:
                 entry.clock.finished = max(entry.clock.finished, steps)
         λ = self.weight_decay
         for clock in self._clocks if self._schedule is not None else ():
             self._follow(clock)
         self.weight_decay = λ
 
-    def saved_steps(self, name: str) -> int:
-        """Finished steps that were saved of a parameter whose optimizer is not known yet."""
-        return self._saved_steps.get(name, 0)
-
-    def clock_after(self, steps: int) -> Clock:
+    def _clock_after(self, steps: int) -> Clock:
         """A clock for parameters of which no optimizer is known, after so many finished steps."""
         if steps not in self._after:
             clock = self._after[steps] = self.new_clock()

@@ -30,6 +30,11 @@ class Tally:
         self.known = dose is not None
         self.sharers = 0
 
+    @property
+    def is_empty(self) -> bool:
+        """No step has been counted."""
+        return self.known and not self._sum and self._on_device is None
+
     def count(self, factor: Number | None, device: torch.device | None, replayed: bool) -> None:
         """Count one step.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._base.errors import ArgumentError
 from .._base.problem import Problem
-from .._roles.marks import bare_name
+from .names import plain_name, plain_names
 
 
 class Anchor:
@@ -24,14 +24,18 @@ class Anchor:
         dtype: in which they are kept; None: that of the parameter.
 
     Values of ``"init"`` are part of `WeightDecay.state_dict`. Those of a source are not: give the
-    same source again. A few of them are saved, so that another source is refused.
+    same source again. A few values of each whole tensor are saved, and compared. A source that is
+    changed in place changes the target.
+
+    Raises:
+        ArgumentError: the source has no tensors, or no values (meta).
     """
 
-    __slots__ = ("_values", "device", "dtype", "source")
+    __slots__ = ("_plain", "_values", "device", "dtype", "source")
 
     def __init__(
         self,
-        source: Literal["init"] | nn.Module | Mapping[str, Tensor] = "init",
+        source: Literal["init"] | nn.Module | Mapping[str, Any] = "init",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -40,32 +44,30 @@ class Anchor:
         self.device = None if device is None else torch.device(device)
         self.dtype = dtype
         self._values = _values_of(source)
+        names = plain_names(self._values or ())
+        self._plain = {plain: name for name, plain in names.items()}
 
     @property
     def is_init(self) -> bool:
         """The values are those of the first step."""
         return self._values is None
 
-    def value(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+    def value(self, names: Iterable[str], shape: tuple[int, ...]) -> Tensor | None:
         """The values for a parameter; None for ``"init"``, and where the source has none of that
         shape.
 
         Args:
-            name: of the parameter, with or without the prefixes of wrappers.
+            names: of the parameter; a tied one has several.
             shape: of the parameter; () where it is not known yet.
         """
-        found = None if self._values is None else self._values.get(bare_name(name))
-        fits = found is not None and (not shape or tuple(found.shape) == shape)
-        return found if fits else None
-
-    def probe(self, name: str, shape: tuple[int, ...]) -> tuple[float, ...]:
-        """A few of the values, by which another source can be told. Waits for the device."""
-        found = self.value(name, shape)
-        if found is None or found.is_meta or hasattr(found, "to_local"):
-            return ()
-        flat = (torch.view_as_real(found) if found.is_complex() else found).flatten()
-        few = flat[:: max(1, flat.numel() // _PROBES)][:_PROBES]
-        return tuple(few.to("cpu", torch.float64).tolist())
+        values = self._values or {}
+        for name in names:
+            found = values.get(name)
+            if found is None:
+                found = values.get(self._plain.get(plain_name(name), ""))
+            if found is not None and (not shape or tuple(found.shape) == shape):
+                return found
+        return None
 
     def __str__(self) -> str:
         return "init" if self.is_init else "given"
@@ -75,7 +77,11 @@ class Anchor:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of a plan is data: it has no tensors.
-        return Anchor, ("init" if self.is_init else {},)
+        return _copied, ("init" if self.is_init else {}, self.device, self.dtype)
+
+
+def _copied(source: Any, device: torch.device | None, dtype: torch.dtype | None) -> Anchor:
+    return Anchor(source, device=device, dtype=dtype)
 
 
 def _values_of(source: object) -> dict[str, Tensor] | None:
@@ -84,16 +90,29 @@ def _values_of(source: object) -> dict[str, Tensor] | None:
     named: Any = source
     if isinstance(source, nn.Module):
         named = dict(source.named_parameters(remove_duplicate=False))
-    if not isinstance(named, Mapping) or not all(isinstance(v, Tensor) for v in named.values()):
+    values = {}
+    if isinstance(named, Mapping):  # a state dict may hold objects of modules beside its tensors
+        values = {name: v.detach() for name, v in named.items() if isinstance(v, Tensor)}
+    if (not values and named != {}) or any(value.is_meta for value in values.values()):
         raise ArgumentError(
             Problem(
-                'The source of an `Anchor` is "init", a module, or a mapping from parameter name '
-                "to tensor.",
+                'The source of an `Anchor` is "init", a module with values, or a mapping from '
+                "parameter name to tensor.",
                 'Give model.state_dict() of the other model, or torch.load("base.pt")',
                 {"got": type(source).__name__},
             )
         )
-    return {bare_name(name): value.detach() for name, value in named.items()}
+    return values
 
 
-_PROBES = 4
+def probe(values: Tensor) -> list[float]:
+    """A few of the values, by which others can be told; none of sharded ones. Waits for the
+    device."""
+    if hasattr(values, "to_local"):
+        return []
+    flat = (torch.view_as_real(values) if values.is_complex() else values).flatten()
+    few = flat[:: max(1, flat.numel() // _PROBES)].to("cpu", torch.float64)
+    return list(few.tolist()[:_PROBES])
+
+
+_PROBES = 16

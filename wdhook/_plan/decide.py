@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -102,7 +103,8 @@ def decide(
         _aim(model, decisions, toward, strict)
     _refuse_flattened(model, decisions)
     _refuse_overflow(model, decisions)
-    return Plan(value, decisions, model)
+    again = partial(decide, overrides=overrides, recipe=recipe, toward=toward, strict=False)
+    return Plan(value, decisions, model, again)
 
 
 def param_groups(
@@ -267,17 +269,24 @@ _LARGEST_OF_ALL_TYPES = torch.finfo(torch.float16).max
 
 
 def _refuse_overflow(model: nn.Module, decisions: Mapping[str, Decision]) -> None:
-    """Raise for a λ that is infinite in the type of its parameter."""
-    large = {d.name for d in decisions.values() if d.weight_decay > _LARGEST_OF_ALL_TYPES}
-    if not large:
-        return
-    for name, parameter in named_parameters(model):
-        λ = decisions[name].weight_decay
+    """Raise for a λ or a target that is infinite in the type of its parameter."""
+    large = {name: d for name, d in decisions.items() if _largest(d) > _LARGEST_OF_ALL_TYPES}
+    for name, parameter in named_parameters(model) if large else ():
         is_number = parameter.is_floating_point() or parameter.is_complex()
-        if name not in large or not is_number or λ <= torch.finfo(parameter.dtype).max:
+        if name not in large or not is_number:
             continue
-        raise ArgumentError(
-            "`weight_decay` must be finite in the type of the parameter.\n"
-            f"  parameter: {name}\n  dtype: {parameter.dtype}\n  weight_decay: {λ:g}\n"
-            "  Give a smaller λ: usual ones are between 1e-6 and 1"
-        )
+        decision = large[name]
+        for argument in ("weight_decay", "toward"):
+            value = getattr(decision, argument)
+            if isinstance(value, float) and abs(value) > torch.finfo(parameter.dtype).max:
+                raise ArgumentError(
+                    f"`{argument}` must be finite in the type of the parameter.\n"
+                    f"  parameter: {name}\n  dtype: {parameter.dtype}\n  {argument}: {value:g}\n"
+                    "  Give a smaller one: usual λ are between 1e-6 and 1, targets 0 or 1"
+                )
+
+
+def _largest(decision: Decision) -> float:
+    toward = decision.toward
+    target = abs(toward) if isinstance(toward, float) else 0.0
+    return max(decision.weight_decay, target)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from .._roles.vocabulary import Role
 from .anchor import Anchor
 
@@ -50,6 +52,14 @@ class Decision:
     def target(self) -> str:
         """`toward` in a word."""
         return f"{self.toward:g}" if isinstance(self.toward, float) else str(self.toward)
+
+    @property
+    def given(self) -> Tensor | None:
+        """The values of `toward`, where it is an `Anchor` with a source; None where the source has
+        none for the parameter."""
+        if isinstance(self.toward, float):
+            return None
+        return self.toward.value((self.name, *self.aliases), self.shape)
 
     def to_dict(self) -> dict[str, Any]:
         """The decision as plain data that ``json.dumps`` takes, with the attributes as keys."""

@@ -36,18 +36,28 @@ class _UnknownNameError(KeyError):
         return f"{facts}{near}" if near else f"{facts}. list(plan) has the names"
 
 
+Replan = Callable[[nn.Module, float], "Plan"]
+"""Makes a plan of a model that has changed, by the same rules."""
+
+
 class Plan(Mapping[str, Decision]):
     """An ordered, immutable mapping from parameter name to `Decision`.
 
-    ``print(plan)`` shows it as a table with totals. A plan does not keep its model alive.
+    ``print(plan)`` shows it as a table with totals. A plan does not keep its model alive, unless
+    selectors that it was made with refer to it.
     """
 
     def __init__(
-        self, weight_decay: float, decisions: Mapping[str, Decision], model: nn.Module | None
+        self,
+        weight_decay: float,
+        decisions: Mapping[str, Decision],
+        model: nn.Module | None,
+        again: Replan | None = None,
     ):
         self._weight_decay = weight_decay
         self._decisions = dict(decisions)
         self._model = weakref.ref(model) if model is not None else _nothing
+        self._again = again
 
     @property
     def weight_decay(self) -> float:
@@ -80,7 +90,21 @@ class Plan(Mapping[str, Decision]):
         return self._where(lambda decision: not decision.weight_decay > 0)
 
     def _where(self, keep: Callable[[Decision], bool]) -> Plan:
-        return Plan(self._weight_decay, {n: d for n, d in self.items() if keep(d)}, self._model())
+        return self._with({n: d for n, d in self.items() if keep(d)})
+
+    def _with(self, decisions: Mapping[str, Decision], weight_decay: float | None = None) -> Plan:
+        λ = self._weight_decay if weight_decay is None else weight_decay
+        return Plan(λ, decisions, self._model(), self._again)
+
+    def bare(self) -> Plan:
+        """The same decisions, without the rules by which they were made: selectors may refer to the
+        model."""
+        return Plan(self._weight_decay, self._decisions, self._model())
+
+    @property
+    def again(self) -> Replan | None:
+        """Makes a plan by the same rules; None for a copy of a plan."""
+        return self._again
 
     def scaled_to(self, weight_decay: float) -> Plan:
         """The same plan for another λ; an absolute λ stays (see `Decision.follows`).
@@ -90,7 +114,7 @@ class Plan(Mapping[str, Decision]):
         """
         new = check_factor(weight_decay)
         decisions = {n: replace(d, weight_decay=new) if d.follows else d for n, d in self.items()}
-        return Plan(new, decisions, self._model())
+        return self._with(decisions, new)
 
     def with_own(self, λs: Mapping[str, float]) -> Plan:
         """This plan where each parameter that follows λ has one of its own (0.0 exempts it)."""
@@ -103,12 +127,11 @@ class Plan(Mapping[str, Decision]):
                 d, weight_decay=λ, follows=False, reason=f"{d.reason}; its param group has {λ:g}"
             )
 
-        return Plan(self._weight_decay, {name: own(d) for name, d in self.items()}, self._model())
+        return self._with({name: own(d) for name, d in self.items()})
 
     def renamed(self, decisions: Mapping[str, Decision]) -> Plan:
         """The same decisions on a model that has changed: name now → decision."""
-        own = {n: under(n, d) for n, d in decisions.items()}
-        return Plan(self._weight_decay, own, self._model())
+        return self._with({n: under(n, d) for n, d in decisions.items()})
 
     def diff(self, other: Mapping[str, Decision]) -> PlanDiff:
         """The decisions that differ between two plans, with both reasons; ``print`` or iterate.

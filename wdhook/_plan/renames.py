@@ -1,27 +1,11 @@
-"""Follows parameters whose names change: parametrizations, pruning and adapters rename them."""
+"""Decisions on parameters whose names change: parametrizations, pruning and adapters rename
+them."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 from .decision import Decision
-
-# The parts of parameter names that parametrizations, pruning, the older norms of weights, and
-# adapters insert or append.
-_RENAMED = re.compile(
-    r"(?<![^.])(?:(?:base_layer|original_module|modules_to_save\.[^.]+)\."
-    r"|parametrizations\.(?P<local>\w+)\.original\d*$|(?P<pruned>\w+)_orig$|(?P<normed>weight\w*)_v$)"
-)
-
-
-def former_name(name: str) -> str:
-    """The name before the parameter was renamed."""
-    return _RENAMED.sub(_former_part, name)
-
-
-def _former_part(found: re.Match[str]) -> str:
-    return found["local"] or found["pruned"] or found["normed"] or ""
 
 
 def inherited(new: Decision, old: Decision | None) -> Decision:

@@ -12,6 +12,7 @@ from .._decay.arguments import LowPrecision, Mode, Moment
 from .._decay.optimizers import LearningRate
 from .._plan.overrides import Overrides
 from .._plan.recipes import Recipe
+from .._plan.targets import Toward
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +31,7 @@ class Arguments(TypedDict, total=False):
     foreach: bool | None
     low_precision: LowPrecision | None
     cautious: bool
+    toward: Toward | None
     inputs: Any | None
 
 

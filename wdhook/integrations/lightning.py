@@ -39,7 +39,7 @@ class WeightDecay(Attached, Callback):
             ``wdhook/norm/<role>``, at the steps that the Trainer logs. They stay on the device
             until the logger reads them.
         **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``foreach``,
-            ``low_precision``, ``cautious``, ``inputs``; see `wdhook.attach`.
+            ``low_precision``, ``cautious``, ``toward``, ``inputs``; see `wdhook.attach`.
 
     Raises:
         ArgumentError: `arguments` has another name. All that `wdhook.attach` raises comes when

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .. import ArgumentError, DoubleDecayError, Plan
+from .. import Anchor, ArgumentError, DoubleDecayError, Plan
 from ._callback import Attached
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class WeightDecayCallback(Attached, TrainerCallback, ExportableState):
         weight_decay: λ per optimizer step, a schedule of it (`wdhook.schedules`), or a ready plan
             of the model.
         **arguments: ``mode``, ``at``, ``lr``, ``overrides``, ``recipe``, ``foreach``,
-            ``low_precision``, ``cautious``, ``inputs``; see `wdhook.attach`.
+            ``low_precision``, ``cautious``, ``toward``, ``inputs``; see `wdhook.attach`.
+            ``toward="init"`` is an error: give the values, as `wdhook.Anchor`.
 
     Raises:
         ArgumentError: `arguments` has another name. All that `wdhook.attach` raises comes when
@@ -70,6 +71,15 @@ class WeightDecayCallback(Attached, TrainerCallback, ExportableState):
             )
         optimizer = kwargs["optimizer"]  # accelerate's wrapper
         decay = self.attach(kwargs["model"], _inside(optimizer), getattr(optimizer, "scaler", None))
+        if any(isinstance(d.toward, Anchor) and d.toward.is_init for d in decay.plan.values()):
+            self.remove()
+            raise ArgumentError(
+                "The Trainer keeps the states of its callbacks as JSON, which cannot hold the "
+                "values before the first update.\n"
+                '  toward: "init"\n'
+                "  Give those values: start = copy.deepcopy(model.state_dict()), then "
+                "toward=wdhook.Anchor(start), or the pretrained weights"
+            )
         if state.global_step and "resumed" in saved["attributes"]:
             decay.load_state_dict(saved["attributes"]["resumed"])
 

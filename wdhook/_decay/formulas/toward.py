@@ -36,12 +36,12 @@ class _Toward(Formula):
             TargetError: the shapes differ, or a sharded parameter's values cannot be kept so.
         """
         toward = memo.toward
-        if memo.target is not None:
-            memo.target = _fitted(memo.target, param, toward)
+        if isinstance(toward, float):
+            memo.target = _number(toward, memo.target, param)
         elif memo.waits:
             memo.target = kept(param, toward)
-        elif isinstance(toward, float) and toward:
-            memo.target = torch.full((), toward, dtype=param.dtype, device=param.device)
+        elif memo.target is not None:
+            memo.target = _fitted(memo.target, param, toward)
 
     def target(self, memo: Memo | None) -> Tensor | None:
         """That of the memo."""
@@ -107,14 +107,23 @@ class TowardCoupled(_Toward, Coupled):
         super().add_(plain, number, how)
 
 
-def kept(param: Tensor, toward: object) -> Tensor:
+def kept(param: Tensor, anchor: Anchor) -> Tensor:
     """A copy of the values of a parameter, where and in which precision its `Anchor` says.
 
     Raises:
-        TargetError: a sharded parameter, and the anchor names a device.
+        TargetError: a sharded parameter, and the anchor names a device; or a complex one, and the
+            anchor names a real dtype.
     """
-    copy = param.detach().clone()
-    return _placed(copy, toward) if isinstance(toward, Anchor) else copy
+    return _placed(param.detach().clone(), anchor)
+
+
+def _number(toward: float, known: Tensor | None, param: Tensor) -> Tensor | None:
+    """A number in the precision of the parameter, on its device; None for 0."""
+    if not toward:
+        return None
+    if known is not None and (known.dtype, known.device) == (param.dtype, param.device):
+        return known
+    return torch.full((), toward, dtype=param.dtype, device=param.device)
 
 
 def _placed(values: Tensor, anchor: Anchor) -> Tensor:
@@ -126,16 +135,28 @@ def _placed(values: Tensor, anchor: Anchor) -> Tensor:
                 {"device": anchor.device},
             )
         )
+    if values.is_complex() and anchor.dtype is not None and not anchor.dtype.is_complex:
+        raise TargetError(
+            Problem(
+                "The target of a complex parameter cannot be kept as real numbers.",
+                "Leave out `dtype`, or give a complex one",
+                {"dtype": anchor.dtype},
+            )
+        )
     moved = values.to(device=anchor.device, dtype=anchor.dtype)
     return moved.pin_memory() if moved.is_cpu and not values.is_cpu else moved
 
 
-def _fitted(target: Tensor, param: Tensor, toward: object) -> Tensor:
-    if target.dim() == 0 and isinstance(toward, float):
-        return target.to(param.device, param.dtype)
+def _fitted(target: Tensor, param: Tensor, anchor: Anchor) -> Tensor:
+    """A target that was given or loaded, as the parameter needs it.
+
+    Raises:
+        TargetError: the shapes differ, or the target is the parameter.
+    """
     if hasattr(param, "to_local") and not hasattr(target, "to_local"):
         target = tensors.sharded_as(target, param)
-    if tensors.local(target).shape != tensors.local(param).shape:
+    one, other = tensors.local(target), tensors.local(param)
+    if one.shape != other.shape:
         raise TargetError(
             Problem(
                 "The target of a parameter has another shape than the parameter here.",
@@ -143,6 +164,15 @@ def _fitted(target: Tensor, param: Tensor, toward: object) -> Tensor:
                 {"parameter": tuple(param.shape), "target": tuple(target.shape)},
             )
         )
-    if not isinstance(toward, Anchor) or (toward.device is None and toward.dtype is None):
+    if one.numel() and one.data_ptr() == other.data_ptr():
+        raise TargetError(
+            Problem(
+                "A target shares memory with its parameter, so it moves with the parameter, and "
+                "nothing would be decayed.",
+                'Use toward="init"; or give a copy: wdhook.Anchor(copy.deepcopy(model))',
+                {"parameter": tuple(param.shape)},
+            )
+        )
+    if anchor.device is None and anchor.dtype is None:
         return target.to(param.device, param.dtype)
-    return target
+    return _placed(target, anchor)

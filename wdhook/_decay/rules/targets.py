@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._base.errors import TargetError, WdhookWarning
 from ..._base.problem import Problem
 from ..._base.torch_private import is_part_of_flat_parameter, storage_of
+from ..._base.validate import is_number
 from ..._plan.anchor import Anchor
 from .base import Facts, Moment, Rule
 from .conditions import aimed
@@ -25,7 +26,7 @@ def target_is_missing(facts: Facts) -> Iterator[Problem]:
         for _, known in facts.state.parameters.eligible()
         if isinstance(anchor := known.decision.toward, Anchor)
         and not anchor.is_init
-        and anchor.value(known.decision.name, known.decision.shape) is None
+        and known.decision.given is None
     ]
     if names:
         yield Problem(
@@ -40,11 +41,8 @@ def target_is_missing(facts: Facts) -> Iterator[Problem]:
 def target_is_the_parameter(facts: Facts) -> Iterator[Problem]:
     """Find a target in the memory of its parameter."""
     for found, known in facts.state.parameters.eligible():
-        anchor, memory = known.decision.toward, storage_of(found.param)
-        if not isinstance(anchor, Anchor) or memory is None:
-            continue
-        target = anchor.value(known.decision.name, known.decision.shape)
-        if target is not None and storage_of(target) == memory:
+        target, memory = known.decision.given, storage_of(found.param)
+        if target is not None and memory is not None and storage_of(target) == memory:
             yield Problem(
                 "A target shares memory with its parameter, so it moves with the parameter, and "
                 "nothing would be decayed.",
@@ -94,14 +92,14 @@ def target_in_pieces(facts: Facts) -> Iterator[Problem]:
 
 
 def target_of_a_resumed_run(facts: Facts) -> Iterator[Problem]:
-    """Find a first step of a handle with an optimizer that has stepped before."""
-    if facts.state.steps or facts.owned.clock.steps:
+    """Find first values that are taken at a step of an optimizer that has stepped before."""
+    if facts.owned.clock.steps:
         return
-    for param, entry in facts.owned.pairs():
-        memo = entry.memo
+    for _, entry in facts.owned.pairs():
+        memo, tally = entry.memo, entry.progress.tally
         if memo is None or not memo.is_of_init or memo.is_loaded:
             continue
-        if _has_stepped(facts.optimizer, param):
+        if (tally is None or tally.is_empty) and _has_stepped(facts.optimizer):
             yield Problem(
                 'toward="init" takes the values of now as target, and the optimizer has stepped '
                 "before: if this run goes on from a checkpoint, these are not the first values.",
@@ -110,33 +108,44 @@ def target_of_a_resumed_run(facts: Facts) -> Iterator[Problem]:
                 {"parameter": entry.name, "optimizer": facts.optimizer_name},
                 (entry.name,),
             )
-            return
+        return  # one speaks for all
 
 
 def target_of_a_new_parameter(facts: Facts) -> Iterator[Problem]:
-    """Find a parameter that has come into the model during training, and is drawn to its values of
-    now."""
-    if not facts.state.steps:
-        return
+    """Find a parameter that has come into the model during training, and for which nothing says
+    what it is drawn to."""
     for param, entry in facts.owned.pairs():
         known = facts.state.parameters.known(param)
-        memo = entry.memo
-        if memo is not None and memo.waits and known is not None and known.is_new:
+        if known is None or not known.is_new or entry.memo is None:
+            continue
+        if entry.memo.waits or known.is_unaimed:
+            to = "the values that it has now" if entry.memo.waits else "0"
             yield Problem(
-                'A new parameter has come into the model, and toward="init" draws it to the values '
-                "that it has now. (A new head starts at noise.)",
-                'Say what it is drawn to: toward={"*": "init", "head.*": 0.0}',
+                f"A new parameter has come into the model, and is drawn to {to}.",
+                'Say what it is drawn to, for example toward={"*": "init", "head.*": 0.0}',
                 {"parameter": entry.name},
                 (entry.name,),
             )
             return
 
 
-def _has_stepped(optimizer: Any, param: Tensor) -> bool:
-    """The optimizer has updated the parameter, as far as its state tells."""
-    known = getattr(optimizer, "state", {}).get(param) or {}
-    step = known.get("step")
-    return bool(step) or known.get("momentum_buffer") is not None
+def _has_stepped(optimizer: Any) -> bool:
+    """The optimizer has made a step, as far as its state and its groups tell."""
+    groups = getattr(optimizer, "param_groups", ())
+    if any(is_number(n) and n > 0 for g in groups for n in (g.get("step"), g.get("k"))):
+        return True
+    for known in list(getattr(optimizer, "state", {}).values())[:_LOOKED_AT]:
+        if isinstance(known, Mapping):
+            if "step" in known:
+                return bool(known["step"] > 0)
+            # Some optimizers make a state of zeros when they are constructed.
+            found = [v for v in known.values() if isinstance(v, Tensor)]
+            if any(bool(v.any()) for v in found) or bool(known.get("n_iter")):
+                return True
+    return False
+
+
+_LOOKED_AT = 3  # states: they are alike
 
 
 def _some(names: list[str]) -> str:
@@ -205,8 +214,10 @@ RULES = (
         WdhookWarning,
         Moment.STEP,
         target_of_a_new_parameter,
-        situation='`toward="init"`, and a parameter that has come into the model during training',
-        answer="the values of now are the target",
+        situation=(
+            '`toward="init"` or an `Anchor`, and a parameter that has come into the model since'
+        ),
+        answer="drawn to its first values, or to 0",
         applies=aimed,
         on_change=True,
     ),
