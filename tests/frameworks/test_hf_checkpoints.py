@@ -158,15 +158,18 @@ def test_a_learning_rate_that_is_a_tensor() -> None:
 def test_toward_given_values_goes_on(tmp_path: Path) -> None:
     """Decay toward the values of another model: JSON holds a few of them, by which others are
     told."""
-    source = perceptron(seed=5)
+
+    def anchor(seed: int) -> wdhook.Anchor:
+        return wdhook.Anchor({f"net.{n}": p for n, p in perceptron(seed=seed).named_parameters()})
+
     how: dict[str, Any] = {"mode": "decoupled", "at": "step"}
     straight, again = perceptron(seed=8), perceptron(seed=9)
-    train(straight, tmp_path, WeightDecayCallback(λ, toward=wdhook.Anchor(source), **how), **SAVE)
+    train(straight, tmp_path, WeightDecayCallback(λ, toward=anchor(5), **how), **SAVE)
     checkpoint = str(tmp_path / "checkpoint-8")
-    same = WeightDecayCallback(λ, toward=wdhook.Anchor(source), **how)
+    same = WeightDecayCallback(λ, toward=anchor(5), **how)
     train(again, tmp_path, same, resume=checkpoint, **SAVE)
     assert_bit_equal(again.state_dict(), straight.state_dict())
-    other = WeightDecayCallback(λ, toward=wdhook.Anchor(perceptron(seed=6)), **how)
+    other = WeightDecayCallback(λ, toward=anchor(6), **how)
     with pytest.raises(wdhook.ArgumentError, match="other values of the source"):
         train(perceptron(), tmp_path, other, resume=checkpoint, **SAVE)
     other.remove()
