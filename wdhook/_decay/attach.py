@@ -15,6 +15,7 @@ from .._plan.decide import decide, plan, require_eligible
 from .._plan.overrides import Overrides
 from .._plan.plan import Plan
 from .._plan.recipes import Recipe
+from .._roles.places import named_parameters
 from ..schedules import Schedule
 from .arguments import (
     LowPrecision,
@@ -137,8 +138,8 @@ def attach(
         said_mode=mode is not None,
         replan=partial(decide, overrides=overrides, recipe=recipe, strict=False),
     )
+    _check_free(model, ready)
     engine = Engine(model, ready, config)
-    _check_free(engine, ready)
     engine.open()
     listen(engine)
     return WeightDecay(engine, ready, formula.name, at)
@@ -252,10 +253,13 @@ def _check_owns_no_others(model: nn.Module, optimizer: Optimizer) -> None:
             )
 
 
-def _check_free(engine: Engine, wanted: Plan) -> None:
+def _check_free(model: nn.Module, wanted: Plan) -> None:
     """Raise if another handle decays a parameter that this one is to decay."""
     others = attached()
-    mine = engine.state.parameters.governed() if others else {}
+    if not others:
+        return
+    eligible = {name for name, decision in wanted.items() if decision.eligible}
+    mine = {id(param): name for name, param in named_parameters(model) if name in eligible}
     for other in others:
         for key, name in other.state.parameters.governed().items():
             if key not in mine:

@@ -38,6 +38,7 @@ class Known:
     """A tensor that was decided: the decision, and the marks by which it is recognised.
 
     Attributes:
+        memory: None where the hook of the tensor tells, or the tensor has no memory.
         progress: of the tensor's entry, which it outlives; before that, of the tensor that this one
             has replaced.
     """
@@ -47,16 +48,20 @@ class Known:
     def __init__(self, decision: Decision, found: Found, progress: Progress | None = None) -> None:
         self.decision = decision
         self.progress = progress
+        self.key = id(found.param)
+        self.memory: StorageWeakRef | None = None
         self.settle(found)
 
     def settle(self, found: Found) -> None:
         """Note where the tensor is now."""
-        self.key = id(found.param)
         self.module = weakref.ref(found.module)
         self.local = found.local
         self.kind = type(found.module).__qualname__
         self.shape = self.decision.shape or _shape(found.param)
-        self.memory: StorageWeakRef | None = storage_of(found.param)
+
+    def remember(self, param: Tensor) -> None:
+        """Note the memory of the tensor."""
+        self.memory = storage_of(param)
 
     def is_tensor(self, found: Found) -> bool:
         """Tell the very tensor. An id alone may have been given to another one since."""
@@ -110,10 +115,6 @@ class Parameters:
         self._known: dict[int, Known] = {}
         self._entries: weakref.WeakValueDictionary[int, Entry] = weakref.WeakValueDictionary()
         self._unowned_terms: dict[Any, Terms] = {}
-        for found in self.walk():
-            decision = plan.get(found.name)
-            if decision is not None:
-                self._known[id(found.param)] = Known(decision, found)
 
     # ---------------------------------------------------------------- the model
 
@@ -140,6 +141,7 @@ class Parameters:
             if known is not None and (known.is_tensor(one) or self._is_hooked(one.param)):
                 if not known.is_place(one):
                     known.settle(one)
+                    known.remember(one.param)
                 result[id(one.param)] = known
                 if former_name(one.name) != one.name:
                     renamed[former_name(one.name)] = known
@@ -148,9 +150,21 @@ class Parameters:
         if strangers:
             for one in strangers:
                 self._entries.pop(id(one.param), None)  # of a tensor that had this id before
-            result |= self._decide(strangers, set(map(id, result.values())), renamed)
+            decided = self._decide(strangers, set(map(id, result.values())), renamed)
+            for one in strangers:
+                decided[id(one.param)].remember(one.param)
+            result |= decided
             self._known |= result
         return result
+
+    def meet(self, found: Found) -> Known | None:
+        """Take over what the plan says of a parameter; None where it says nothing."""
+        decision = self._plan.get(found.name)
+        if decision is None:
+            return None
+        known = Known(decision, found)
+        self._known[known.key] = known
+        return known
 
     def known(self, param: Tensor) -> Known | None:
         """What was decided for a tensor when the handle was made."""
@@ -250,7 +264,7 @@ class Parameters:
         if entry is not None and entry.handle is not None and not has_hook(param, entry.handle):
             entry = None  # of a parameter that is gone, and whose id this one has
         if entry is None and known is not None and known.decision.eligible:
-            entry = self._entries[id(param)] = self._new_entry(known.decision, known.progress)
+            entry = self._entries[known.key] = self._new_entry(known.decision, known.progress)
             known.progress = entry.progress
         if entry is not None and not hasattr(entry, "terms"):
             entry.terms = self.unowned_terms(entry, param)
