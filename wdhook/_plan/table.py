@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,9 @@ def plan_table(weight_decay: float, decisions: Sequence[Decision]) -> str:
 
 def plan_html(weight_decay: float, decisions: Sequence[Decision]) -> str:
     """Format decisions as HTML for notebooks, with the content of `plan_table`."""
-    parts = [f"<p>{html.escape(headline(weight_decay, decisions))}</p>"]
+    from html import escape
+
+    parts = [f"<p>{escape(headline(weight_decay, decisions))}</p>"]
     parts += [_html_table(plan_rows(decisions)), _html_table(totals(decisions))]
     return "\n".join(parts)
 
@@ -31,7 +32,9 @@ def _html_table(rows: Sequence[Row]) -> str:
 
 
 def _html_row(tag: str, row: Row) -> str:
-    cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+    from html import escape
+
+    cells = "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
     return f"<tr>{cells}</tr>"
 
 
