@@ -29,6 +29,9 @@ class Case:
     make: Callable[[torch.device, bool], Work]
     at_most: dict[str, float | None] = field(default_factory=dict)
     """Variant → the largest ratio to the first variant that is accepted; None: stated only."""
+    without: str | None = None
+    """A variant that does none of the work: the ratio is also given of what comes above it."""
+    at_most_above: float | None = None
 
 
 @dataclass
@@ -73,6 +76,21 @@ def measure(case: Case, device: torch.device, quick: bool, runs: int) -> Iterato
             times[name].lower * 1e6,
             times[name].spread,
         )
+    if case.without is None:
+        return
+    floor = times[case.without].lower
+    for name in others:
+        if name != case.without:
+            above = times[name].lower - floor
+            yield Result(
+                f"{case.what}, above no hook",
+                case.against,
+                name,
+                above / (times[reference].lower - floor),
+                case.at_most_above,
+                above * 1e6,
+                times[name].spread,
+            )
 
 
 def _add(param: Tensor) -> None:
@@ -84,14 +102,16 @@ def _add(param: Tensor) -> None:
 def hook_case(count: int, shape: tuple[int, int]) -> Callable[[torch.device, bool], Work]:
     def make(device: torch.device, quick: bool) -> Work:
         size = max(2, count // 20) if quick else count
-        bare, ours = Tensors(size, shape, device), Tensors(size, shape, device)
-
+        bare, ours, none = (Tensors(size, shape, device) for _ in range(3))
         for param in bare.parameters():
             param.register_post_accumulate_grad_hook(_add)
         handle = wdhook.attach(ours, λ)
-        return Work(
-            {"bare hook": _backward(bare), "at backward": _backward(ours)}, [handle], [bare, ours]
-        )
+        variants = {
+            "bare hook": _backward(bare),
+            "at backward": _backward(ours),
+            "no hook": _backward(none),
+        }
+        return Work(variants, [handle], [bare, ours, none])
 
     return make
 
@@ -145,20 +165,90 @@ def pass_case(
     return make
 
 
+def cautious_case(count: int, shape: tuple[int, int]) -> Callable[[torch.device, bool], Work]:
+    """An update with cautious decay around it, against the paper's formula by foreach calls."""
+
+    def make(device: torch.device, quick: bool) -> Work:
+        model = Tensors(max(2, count // 20) if quick else count, shape, device)
+        params = list(model.parameters())
+        for param in params:
+            param.grad = torch.randn_like(param)
+        updates = [torch.randn_like(param) for param in params]
+        optimizer = torch.optim.SGD(params, lr=LR)
+        handle = wdhook.attach(model, λ, mode="decoupled", at="step", cautious=True)
+
+        @torch.no_grad()
+        def update() -> None:
+            torch._foreach_add_(params, updates, alpha=-LR)
+
+        @torch.no_grad()
+        def raw() -> None:
+            before = [param.clone() for param in params]
+            update()
+            agrees = torch._foreach_sub(before, params)
+            torch._foreach_mul_(agrees, before)
+            decay = torch._foreach_mul(before, [product.ge(0) for product in agrees])
+            torch._foreach_sub_(params, decay, alpha=LR * λ)
+
+        def ours() -> None:
+            _listener._before_step(optimizer, (optimizer,), {})
+            update()
+            _listener._after_step(optimizer, (optimizer,), {})
+
+        return Work(
+            {"the formula by foreach calls": Variant(raw), "cautious at step": Variant(ours)},
+            [handle],
+            [model],
+        )
+
+    return make
+
+
+def deferred_case(count: int, shape: tuple[int, int]) -> Callable[[torch.device, bool], Work]:
+    """The pass over bfloat16 parameters: every factor written, or collected."""
+
+    def make(device: torch.device, quick: bool) -> Work:
+        variants, handles, models = {}, [], []
+        for name, how in (("rounded at step", "round"), ("deferred at step", "defer")):
+            model = Tensors(max(2, count // 20) if quick else count, shape, device).bfloat16()
+            for param in model.parameters():
+                param.grad = torch.randn_like(param)
+            optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+            handles.append(wdhook.attach(model, λ, mode="decoupled", at="step", low_precision=how))
+            models.append(model)
+            variants[name] = _around(optimizer)
+        return Work(variants, handles, models)
+
+    return make
+
+
+def _around(optimizer: torch.optim.Optimizer) -> Variant:
+    """What comes before and after a step of the optimizer."""
+
+    def work() -> None:
+        _listener._before_step(optimizer, (optimizer,), {})
+        _listener._after_step(optimizer, (optimizer,), {})
+
+    return Variant(work)
+
+
 def _training(
     optimizer: Callable[..., Any],
     network: str,
     ways: dict[str, dict[str, Any]],
     floors: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Callable[..., Work]:
     """Times whole training steps: the optimizer's own decay, and each of `ways` to attach.
 
     Args:
         floors: also without any decay, and with the hook that does nothing but `grad.add_`.
+        dtype: of the parameters and of the input.
     """
 
     def make(device: torch.device, quick: bool) -> Work:
-        first = NETWORKS[network](device, quick)
+        first = NETWORKS[network](device, quick).to(dtype)
+        first.batch = first.batch.to(dtype)
         variants = {"own decay": _step(first, optimizer(wdhook.param_groups(first, λ)))}
         handles, models = [], [first]
         for name, arguments in ways.items():
@@ -251,15 +341,31 @@ def _adamw(**how: Any) -> Callable[[Any], torch.optim.Optimizer]:
 
 MOMENTS = {"at backward": {}, "at step": {"at": "step"}}
 DECOUPLED = {"decoupled at step": {"at": "step", "mode": "decoupled"}}
+CAUTIOUS = {"cautious at step": {"at": "step", "mode": "decoupled", "cautious": True}}
+DEFERRED = {
+    "deferred at step": {"at": "step", "mode": "decoupled"},
+    "rounded at step": {"at": "step", "mode": "decoupled", "low_precision": "round"},
+}
 SMALL, LARGE = (16, 16), (2048, 2048)
 
 
 def cases() -> Iterator[Case]:
     """Everything that is a ratio of times."""
     yield Case(
-        "hook, 500 tensors of 16×16", "bare hook", hook_case(500, SMALL), {"at backward": 1.25}
+        "hook, 500 tensors of 16×16",
+        "bare hook",
+        hook_case(500, SMALL),
+        {"at backward": 1.0},
+        without="no hook",
+        at_most_above=0.8,
     )
-    yield Case("hook, 6 tensors of 16 MiB", "bare hook", hook_case(6, LARGE), {"at backward": 1.05})
+    yield Case(
+        "hook, 6 tensors of 16 MiB",
+        "bare hook",
+        hook_case(6, LARGE),
+        {"at backward": 1.05},
+        without="no hook",
+    )
     for mode in ("coupled", "decoupled"):
         name = f"{mode} at step"
         yield Case(
@@ -271,8 +377,22 @@ def cases() -> Iterator[Case]:
         yield Case(
             "pass, 8 tensors of 16 MiB", "one foreach call", pass_case(8, LARGE, mode), {name: 1.03}
         )
+    for number, shape in ((300, SMALL), (8, LARGE)):
+        size = "16 MiB" if shape == LARGE else "16×16"
+        yield Case(
+            f"update, {number} tensors of {size}",
+            "the formula by foreach calls",
+            cautious_case(number, shape),
+            {"cautious at step": 1.0},
+        )
+        yield Case(
+            f"pass, {number} bfloat16 tensors of {shape[0]}×{shape[1]}",
+            "rounded at step",
+            deferred_case(number, shape),
+            {"deferred at step": None},
+        )
     targets = {
-        "200 small tensors": (1.01, 0.97),
+        "200 small tensors": (1.02, 0.97),
         "6 transformer layers": (1.00, 1.00),
         "wide MLP": (0.95, 0.95),
     }
@@ -285,9 +405,11 @@ def cases() -> Iterator[Case]:
             at_most,
         )
     for network in NETWORKS:
-        make = _training(_adamw(foreach=True), network, DECOUPLED)
+        make = _training(_adamw(foreach=True), network, DECOUPLED | CAUTIOUS)
         yield Case(f"AdamW step, {network}", "own decay", make, {"decoupled at step": 1.0})
+    make = _training(_adamw(foreach=True), "6 transformer layers", DEFERRED, dtype=torch.bfloat16)
+    yield Case("bfloat16 AdamW step, 6 transformer layers", "own decay", make)
     for network in NETWORKS:
         make = _training(_adamw(fused=True), network, DECOUPLED)
-        yield Case(f"fused AdamW step, {network}", "own decay", make, {"decoupled at step": None})
+        yield Case(f"fused AdamW step, {network}", "own decay", make, {"decoupled at step": 1.01})
     yield Case("SGD step, 6 transformer layers", "no decay", _peers)

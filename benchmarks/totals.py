@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import wdhook
 
 from .models import Tensors
+from .operations import Recorded
 from .ratios import DECOUPLED, LR, MOMENTS, λ
 from .timing import Variant, side_by_side
 
@@ -121,34 +120,6 @@ def _memories(count: int) -> Iterator[Total]:
     )
 
 
-class _Recorded(TorchDispatchMode):
-    """Counts operations, and the bytes of the storages that they make."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = 0
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and count what is in its result and was not in its arguments."""
-        result = func(*args, **(kwargs or {}))
-        known = {
-            tensor.untyped_storage()._cdata
-            for tensor in tree_leaves((args, kwargs))
-            if torch.is_tensor(tensor)
-        }
-        made = {
-            tensor.untyped_storage()._cdata: tensor
-            for tensor in tree_leaves(result)
-            if torch.is_tensor(tensor)
-        }
-        self.bytes += sum(
-            tensor.untyped_storage().nbytes() for key, tensor in made.items() if key not in known
-        )
-        self.operations += 1
-        return result
-
-
 def _added(
     device: torch.device, count: int, size: int, how: dict[str, str] | None
 ) -> tuple[int, float]:
@@ -159,7 +130,7 @@ def _added(
 
 def _recorded(
     device: torch.device, count: int, size: int, how: dict[str, str] | None, decay: bool
-) -> _Recorded:
+) -> Recorded:
     model = Tensors(count, (size, size), device)
     own = λ if how is None and decay else 0.0
     optimizer = torch.optim.SGD(
@@ -169,7 +140,7 @@ def _recorded(
     for _ in range(2):  # the momentum is made in the first step
         optimizer.zero_grad()
         loss = model.loss()
-        with _Recorded() as recorded:
+        with Recorded() as recorded:
             loss.backward()
             optimizer.step()
     if handle is not None:

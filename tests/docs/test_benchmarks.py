@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 pytest.importorskip("rich", reason="the benchmarks print tables")
 
+from benchmarks import accelerator
 from benchmarks.low_precision import kept
 from benchmarks.page import filled
 from benchmarks.ratios import cases
@@ -65,3 +68,25 @@ def test_quartiles() -> None:
     times = Times(tuple(float(n) for n in (9, 1, 5, 3, 7)))
     assert times.lower == 3.0
     assert times.spread == pytest.approx(7 / 3 - 1)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD, foreach", "AdamW, fused, bfloat16 parameters"])
+def test_the_script_for_accelerators_is_in_working_order(optimizer: str) -> None:
+    """Tiny networks on the CPU, where an operation takes the place of a launch."""
+    device = torch.device("cpu")
+    ways = ["own decay", *accelerator.OPTIMIZERS[optimizer][1]]
+    for network in accelerator.LARGE_NETWORKS:
+        rows = list(accelerator.measure(network, optimizer, device, quick=True, runs=1))
+        assert [row.way for row in rows] == ways
+        assert (rows[0].ratio, rows[0].launches) == (1.0, 0)
+        # One call in place of one for each tensor; a foreach SGD needs two for its own decay.
+        assert all(row.launches < 5 for row in rows if "rounded" not in row.way)
+
+
+def test_the_script_for_accelerators_needs_torch_alone() -> None:
+    """The other benchmarks print tables by rich, and bars by tqdm."""
+    program = "import sys; sys.modules.update(rich=None, tqdm=None); import benchmarks.{}"
+    run = [sys.executable, "-c", program.format("accelerator")]
+    subprocess.run(run, cwd=ROOT, check=True)
+    failed = subprocess.run([*run[:2], program.format("__main__")], cwd=ROOT, stderr=-1)
+    assert b"rich" in failed.stderr

@@ -21,6 +21,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.hooks import RemovableHandle
 
 from wdhook._base import torch_private as door
 
@@ -171,7 +172,11 @@ def test_versions() -> None:
     assert param.grad is grad
     assert door.version(grad) == before + 1
     with torch.inference_mode():
-        assert door.version(torch.zeros(1)) == -1
+        unversioned = torch.zeros(1)
+    assert door.version(unversioned) == -1
+    assert door.versions([]) == []
+    assert door.versions([tensor, grad]) == [2, before + 1]
+    assert door.versions([tensor, unversioned]) == [2, -1]
 
 
 @pytest.mark.usefixtures("group")
@@ -331,14 +336,33 @@ def test_a_hook_is_recognised_by_its_handle() -> None:
     assert not door.has_hook(param, handle)
 
 
-def test_hooks_on_a_gradient_are_seen() -> None:
-    """`register_hook` of a leaf fills the attribute; without a hook it is None or empty."""
+def test_both_kinds_of_hooks_are_seen() -> None:
+    """`register_hook` and the other fill an attribute; without a hook it is None or empty."""
     param = leaf()
-    assert not door.gradient_hooks(param)
+    assert door.hooks_on(param) == (None, None)
     handle = param.register_hook(lambda grad: grad)
-    assert len(door.gradient_hooks(param)) == 1
+    of_gradient, accumulated = door.hooks_on(param)
+    assert len(of_gradient) == 1
+    assert accumulated is None
     handle.remove()
-    assert not door.gradient_hooks(param)
+    param.register_post_accumulate_grad_hook(lambda param: None)
+    of_gradient, accumulated = door.hooks_on(param)
+    assert not of_gradient
+    assert len(accumulated) == 1
+
+
+def test_each_new_hook_is_counted() -> None:
+    """Both kinds of hooks of a parameter raise torch's count; taking one off does not."""
+    param = leaf()
+    before = RemovableHandle.next_id
+    handles = [
+        param.register_hook(lambda grad: grad),
+        param.register_post_accumulate_grad_hook(lambda param: None),
+    ]
+    assert RemovableHandle.next_id == before + 2
+    for handle in handles:
+        handle.remove()
+    assert RemovableHandle.next_id == before + 2
 
 
 def test_a_parameter_that_fsdp1_has_flattened_says_so() -> None:

@@ -63,6 +63,37 @@ def test_an_optimizer_that_comes_later(name: str, mode: str) -> None:
     assert_bit_equal(result, train(twin, by_hand(twin, HEARD[name], mode).backward))
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_hook_that_comes_after_ordinary_steps(inside: bool) -> None:
+    """A parameter that had no other hook gets one, between two passes or in a pass: it sees the
+    decay."""
+    model = perceptron()
+    weight = model[0].weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    seen: list[Tensor] = []
+
+    def look(param: Tensor) -> None:
+        assert param.grad is not None
+        seen.append(param.grad.clone())
+
+    def register(*_: Tensor) -> None:
+        weight.register_post_accumulate_grad_hook(look)
+
+    with wdhook.attach(model, λ):
+        for batch in batches(model, 3):
+            loss_of(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        loss = loss_of(model, batches(model, 1)[0])
+        (bare,) = torch.autograd.grad(loss, weight, retain_graph=True)
+        if inside:
+            model[-1].weight.register_hook(register)  # its gradient comes before
+        else:
+            register()
+        loss.backward()
+    assert_bit_equal({"grad": seen[-1]}, {"grad": bare.add(weight.detach(), alpha=λ)})
+
+
 @pytest.mark.parametrize("name", UNHEARD)
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 @pytest.mark.parametrize("first", ["optimizer", "wdhook"])

@@ -72,8 +72,9 @@ def hooks_of(param: Tensor) -> Mapping[int, Any]:
     return param._post_accumulate_grad_hooks or {}
 
 
-gradient_hooks = attrgetter("_backward_hooks")
-"""Hooks on the gradient of a tensor; LOMO updates parameters in those of other parameters."""
+hooks_on = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
+"""Both kinds of hooks of a parameter, in one call without a Python frame; None where there are
+none. LOMO updates parameters in hooks on the gradients of other parameters."""
 
 
 def has_hook(param: Tensor, handle: RemovableHandle) -> bool:
@@ -90,6 +91,17 @@ def version(tensor: Tensor) -> int:
         return tensor._version
     except RuntimeError:
         return -1
+
+
+def versions(several: list[Tensor]) -> list[int]:
+    """`version` of each tensor, without a Python frame for each."""
+    try:
+        return list(map(_version, several))
+    except RuntimeError:
+        return list(map(version, several))
+
+
+_version = attrgetter("_version")
 
 
 def local_version(tensor: Tensor) -> int:

@@ -16,6 +16,7 @@ from .._plan.overrides import Overrides
 from .._plan.plan import Plan
 from .._plan.recipes import Recipe
 from .._plan.targets import Toward
+from .._roles.places import named_parameters
 from ..schedules import Schedule
 from .arguments import (
     LowPrecision,
@@ -146,8 +147,8 @@ def attach(
         said_mode=mode is not None,
         replan=ready.again or partial(decide, overrides=None, recipe=None, strict=False),
     )
+    _check_free(model, ready)
     engine = Engine(model, ready, config)
-    _check_free(engine, ready)
     engine.open()
     listen(engine)
     return WeightDecay(engine, ready, formula.name, at)
@@ -262,10 +263,13 @@ def _check_owns_no_others(model: nn.Module, optimizer: Optimizer) -> None:
             )
 
 
-def _check_free(engine: Engine, wanted: Plan) -> None:
+def _check_free(model: nn.Module, wanted: Plan) -> None:
     """Raise if another handle decays a parameter that this one is to decay."""
     others = attached()
-    mine = engine.state.parameters.governed() if others else {}
+    if not others:
+        return
+    eligible = {name for name, decision in wanted.items() if decision.eligible}
+    mine = {id(param): name for name, param in named_parameters(model) if name in eligible}
     for other in others:
         for key, name in other.state.parameters.governed().items():
             if key not in mine:

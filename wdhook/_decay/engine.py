@@ -23,6 +23,7 @@ from .passes import Hook, Passes
 from .rate import Rate
 from .rules.base import Facts, Moment, Rules
 from .rules.table import RULES
+from .stand_ins import engine_of
 from .state import State
 from .tally import Tallies
 
@@ -62,8 +63,8 @@ class Engine:
     def open(self) -> None:
         """Register a hook on every decayed parameter; all of them or none."""
         try:
-            self._track()
-            self.rules.tell("gradient-taken-by-engine", Facts(self.state))
+            if self._track():
+                self.rules.tell("gradient-taken-by-engine", Facts(self.state))
             self.rules.check(Moment.PLAN, Facts(self.state))
             for optimizer in self.state.optimizers.given():
                 view = self.view(optimizer)
@@ -74,17 +75,24 @@ class Engine:
             self.close()
             raise
 
-    def _track(self) -> None:
-        parameters, covered = self.state.parameters, []
+    def _track(self) -> bool:
+        """Meet every parameter; tell whether an engine takes gradients of some away."""
+        parameters, covered, has_engine = self.state.parameters, [], False
         for found in parameters.walk():
-            entry = parameters.track(found.param, parameters.known(found.param))
+            param = found.param
+            known = parameters.meet(found)
+            entry = parameters.track(param, known)
             if entry is not None:
-                self.passes.cover(found.param, entry)
-                if found.param.requires_grad and not is_lazy(found.param):
-                    covered.append((entry.name, found.param))
+                self.passes.cover(param, entry)
+                has_engine = has_engine or engine_of(param) is not None
+                if param.requires_grad and not is_lazy(param):
+                    covered.append((entry.name, param))
+            if known is not None and (entry is None or entry.handle is None):
+                known.remember(param)
         if not self.state.config.in_backward:
             for name, param in {id(p): (n, p) for n, p in _some(covered)}.values():
                 self.passes.watch(name, param)
+        return has_engine
 
     def close(self) -> None:
         """Remove every hook. Nothing of the engine stays on any parameter."""

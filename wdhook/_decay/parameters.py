@@ -42,6 +42,7 @@ class Known:
     """A tensor that was decided: the decision, and the marks by which it is recognised.
 
     Attributes:
+        memory: None where the hook of the tensor tells, or the tensor has no memory.
         progress: of the tensor's entry, which it outlives; before that, of the tensor that this one
             has replaced.
         is_new: the tensor has come after `attach`, in no other one's place.
@@ -70,6 +71,8 @@ class Known:
     ) -> None:
         self.decision = decision
         self.progress = progress
+        self.key = id(found.param)
+        self.memory: StorageWeakRef | None = None
         anchor = decision.toward
         self.is_new = is_new
         self.is_unaimed = is_new and isinstance(anchor, Anchor) and not anchor.is_init
@@ -79,12 +82,14 @@ class Known:
 
     def settle(self, found: Found) -> None:
         """Note where the tensor is now."""
-        self.key = id(found.param)
         self.module = weakref.ref(found.module)
         self.local = found.local
         self.kind = type(found.module).__qualname__
         self.shape = self.decision.shape or _shape(found.param)
-        self.memory: StorageWeakRef | None = storage_of(found.param)
+
+    def remember(self, param: Tensor) -> None:
+        """Note the memory of the tensor."""
+        self.memory = storage_of(param)
 
     def is_tensor(self, found: Found) -> bool:
         """Tell the very tensor. An id alone may have been given to another one since."""
@@ -138,10 +143,6 @@ class Parameters:
         self._known: dict[int, Known] = {}
         self._entries: weakref.WeakValueDictionary[int, Entry] = weakref.WeakValueDictionary()
         self._unowned_terms: dict[Any, Terms] = {}
-        for found in self.walk():
-            decision = plan.get(found.name)
-            if decision is not None:
-                self._known[id(found.param)] = Known(decision, found)
 
     # ---------------------------------------------------------------- the model
 
@@ -168,6 +169,7 @@ class Parameters:
             if known is not None and (known.is_tensor(one) or self._is_hooked(one.param)):
                 if not known.is_place(one):
                     known.settle(one)
+                    known.remember(one.param)
                 result[id(one.param)] = known
                 if former_name(one.name) != one.name:
                     renamed[former_name(one.name)] = known
@@ -176,9 +178,21 @@ class Parameters:
         if strangers:
             for one in strangers:
                 self._entries.pop(id(one.param), None)  # of a tensor that had this id before
-            result |= self._decide(strangers, set(map(id, result.values())), renamed)
+            decided = self._decide(strangers, set(map(id, result.values())), renamed)
+            for one in strangers:
+                decided[id(one.param)].remember(one.param)
+            result |= decided
             self._known |= result
         return result
+
+    def meet(self, found: Found) -> Known | None:
+        """Take over what the plan says of a parameter; None where it says nothing."""
+        decision = self._plan.get(found.name)
+        if decision is None:
+            return None
+        known = Known(decision, found)
+        self._known[known.key] = known
+        return known
 
     def known(self, param: Tensor) -> Known | None:
         """What was decided for a tensor when the handle was made."""
@@ -298,7 +312,7 @@ class Parameters:
         if entry is not None and entry.handle is not None and not has_hook(param, entry.handle):
             entry = None  # of a parameter that is gone, and whose id this one has
         if entry is None and known is not None and known.decision.eligible:
-            entry = self._entries[id(param)] = self._new_entry(known.decision, known.progress)
+            entry = self._entries[known.key] = self._new_entry(known.decision, known.progress)
             known.progress = entry.progress
         if entry is not None and not hasattr(entry, "terms"):
             entry.terms = self.unowned_terms(entry, param)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from .._base.torch_private import (
     at_the_end_of_the_pass,
-    gradient_hooks,
     graph_task_id,
-    hooks_of,
+    hooks_on,
     in_compiled_autograd,
     is_view,
     never_compiled,
@@ -56,27 +56,44 @@ Note = tuple[Tensor, "Hook", Clock, int]
 
 
 class Hook(Entry):
-    """An entry that is itself the hook of its parameter, which owns it. Keeps the passes alive."""
+    """An entry that is itself the hook of its parameter, which owns it. Keeps the passes alive.
 
-    __slots__ = ("passes",)
+    Attributes:
+        alone_at: torch's count of registered hooks when the parameter was seen to have no other.
+    """
+
+    __slots__ = ("alone_at", "passes")
 
     def __init__(self, name: str, own: float | None, clock: Clock, passes: Passes) -> None:
         super().__init__(name, own, clock)
         self.passes = passes
+        self.alone_at = -1
 
     @never_compiled
     def __call__(self, param: Tensor) -> None:
         """Note `param`, into whose gradient autograd has just accumulated."""
         passes = self.passes
-        notes = passes.notes.get(graph_task_id())
-        if notes is None:
+        try:
+            notes = passes.notes[graph_task_id()]
+        except KeyError:
             notes = passes.begin(param, self)
-        if self.stamp == self.clock.steps:
-            passes.look(self, param)
         clock = self.clock
-        notes.append((param, self, clock, clock.steps))
-        if passes.others and (gradient_hooks(param) or len(hooks_of(param)) > 1):
+        steps = clock.steps
+        if self.stamp == steps:
+            passes.look(self, param)
+        notes.append((param, self, clock, steps))
+        if self.alone_at != RemovableHandle.next_id and passes.others and self._has_others(param):
             passes.pay_now(notes)
+
+    def _has_others(self, param: Tensor) -> bool:
+        """Other hooks are on the parameter, which may step it. Looked for again once anybody has
+        registered a hook anywhere."""
+        registered = RemovableHandle.next_id
+        of_gradient, accumulated = hooks_on(param)
+        if of_gradient or len(accumulated) > 1:
+            return True
+        self.alone_at = registered
+        return False
 
 
 class Sentinel:
@@ -276,8 +293,9 @@ class Passes:
         """Pay for noted parameters whose gradient is there and holds no decay."""
         state = self._state
         dues: dict[Terms, Due] = {}
-        for param, hook, clock, steps in notes:
-            if not _is_now(hook, clock, steps):
+        terms: Terms | None = None
+        for param, hook, clock, steps in reversed(notes):  # the last are in the cache still
+            if hook.clock is not clock or clock.steps != steps:
                 continue  # stepped meanwhile, and decayed by that step
             grad = param.grad
             if grad is None:
@@ -288,9 +306,9 @@ class Passes:
                 continue
             if hook.buffer is None:
                 hook.born = min(hook.born, version(grad))
-            due = dues.get(hook.terms)
-            if due is None:
-                due = dues[hook.terms] = Due(hook.terms)
+            if hook.terms is not terms:  # neighbours mostly share their terms
+                terms = hook.terms
+                due = dues.setdefault(terms, Due(terms))
             due.add(param, grad, hook)
         begin(state, ((param, entry.memo) for due in dues.values() for param, _, entry in due))
         if dues and not state.pauses:

@@ -8,7 +8,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from .._base.torch_private import is_view, local_version, version
+from .._base.torch_private import is_view, local_version, versions
 from .entry import Due, Receipt
 from .formulas import How, Rest
 from .memory import Memo
@@ -75,13 +75,13 @@ def pay(state: State, dues: list[Due], how: Callable[[Due], How]) -> list[Rest]:
 def _mark(due: Due, receipt: Receipt) -> None:
     """`Window.pay` for many, without a call for each: the cost is paid for each tensor in each
     step."""
-    sharded = not due.terms.plain
-    for _, grad, entry in due:
+    for grad, entry, seen in zip(due.grads, due.entries, versions(due.grads), strict=True):
         entry.receipt = receipt
         entry.stamp = entry.clock.steps
         entry.buffer = ref(grad)
-        entry.version = version(grad)
-        if sharded:
+        entry.version = seen
+    if not due.terms.plain:
+        for _, grad, entry in due:
             entry.local = local_version(grad)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .._base.torch_private import version
+from .._base.torch_private import version, versions
 from . import tensors
 from .call_stack import Running
 from .engine import Engine
@@ -112,25 +112,30 @@ class Part:
         terms, pairs = bucket
         due = Due(terms)
         clock = self.view.clock
+        steps = clock.steps
         in_gradient = self.engine.state.config.in_gradient
+        paid: list[Entry] = []
+        held: list[Tensor] = []
         for param, entry in pairs:
             grad = param.grad
             if grad is None:
                 continue
             if entry.clock is not clock:
                 entry.move(clock)
-            if entry.stamp == clock.steps:
+            if entry.stamp == steps:
                 if not in_gradient:
                     continue
-                is_known = entry.handle is not None and entry.doubted != clock.steps
-                if is_known and entry.holds(grad):
-                    entry.version = version(grad)  # the short cut of STEP_AFTER_HOOK
+                if entry.handle is not None and entry.doubted != steps and entry.holds(grad):
+                    paid.append(entry)  # the short cut of STEP_AFTER_HOOK
+                    held.append(grad)
                     continue
             elif not in_gradient or not entry.holds(grad):
                 due.add(param, grad, entry)  # the short cut of UNPAID
                 continue
             if self._is_due(entry, grad, nested):
                 due.add(param, grad, entry)
+        for entry, seen in zip(paid, versions(held), strict=True):
+            entry.version = seen
         return due
 
     def _is_due(self, entry: Entry, grad: Tensor, nested: bool) -> bool:

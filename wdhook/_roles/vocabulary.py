@@ -49,16 +49,18 @@ def words_of(name: str) -> list[str]:
 
 # ------------------------------------------------------------------------------------ class names
 
+# The long patterns are strings: `re` compiles and keeps them at their first use, not at the import.
+
 # Norms with other names, also at the end of a compound (`BlockV2GRN`); DoRA's magnitude layers,
 # which are called linear or convolution.
-_CLASS_NICKNAME = re.compile(
+_CLASS_NICKNAME = (
     r"(?P<NORM>^(?i:dyt|dynamic_?(?:tanh|erf)|derf|[fg]rn|cln|[lbgi]n\d?d?|evo)(?![a-z])|[LBG]N$"
     r"|(?<=[a-z\d])(?:[FG]RN|DyT|[CLBG]N)$)"
     r"|(?P<SCALE>^Dora|(?i:element_?wise)(?!.*(?i:linear|conv|dense)))"
     r"|(?P<FLAT>(?i:tensor_?(?:product|square)))"
 )
 
-_CLASS_WORD = re.compile(
+_CLASS_WORD = (
     r"(?P<NORM>norm$)"
     r"|(?P<SCALE>^(?:scale|rescale|layerscale|snake|snakebeta|prelu|affine|periodic)$)"
     r"|(?P<EMBEDDING>^embed|embeddings?$|^lookup$)"
@@ -75,7 +77,7 @@ _MATRIX_CLASS = re.compile(r"(?i:linear|conv|embed|dense)")
 @lru_cache(maxsize=4096)
 def family_of(class_name: str) -> Family | None:
     """The family that a class name speaks of, if any."""
-    nickname = _CLASS_NICKNAME.search(class_name)
+    nickname = re.search(_CLASS_NICKNAME, class_name)
     if nickname is not None:
         return Family[str(nickname.lastgroup)]
     is_layer = False
@@ -83,7 +85,7 @@ def family_of(class_name: str) -> Family | None:
         if word in ("layer", "layers"):
             is_layer = True  # a BatchNormLayer is a norm, a GPTNeoXLayer a composite
             continue
-        found = _CLASS_WORD.search(word)
+        found = re.search(_CLASS_WORD, word)
         if found is not None:
             return Family[str(found.lastgroup)]
     return Family.COMPOSITE if is_layer else None
@@ -196,7 +198,7 @@ _STEM = re.compile(
     r"|(?P<SCALE>scale|gamma|temperature)"
 )
 
-_SPECIAL = re.compile(
+_SPECIAL = (
     r"(?P<NORM>(?:norm|(?<![a-z])(?:ln|bn))\d*_(?:weight|w|scale|gamma|g)$)"
     r"|(?P<FIRM_WEIGHT>lora_?(?:embedding_?)?(?:[AB]|down|up)(?![a-z])|time_(?:maa|decay)_\w*w\d$)"
     # The constants of state-space and linear recurrent layers, where a capital letter counts.
@@ -216,7 +218,7 @@ _SPECIAL = re.compile(
 @lru_cache(maxsize=16384)
 def meaning_of(local: str) -> Meaning | None:
     """The meaning of a local name: a role, a hint that needs the shape, or None."""
-    special = _SPECIAL.search(local)
+    special = re.search(_SPECIAL, local)
     if special is not None:
         return _meaning(str(special.lastgroup))
     letter = local.strip("_0123456789")
