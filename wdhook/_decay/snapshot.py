@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .._base.errors import ArgumentError
-from .._base.markup import html_paragraph, html_table
 from .._base.text import did_you_mean, short
 from .._base.torch_private import version
 from .._base.validate import is_number
@@ -287,6 +286,8 @@ class Snapshot:
 
     def _repr_html_(self) -> str:
         """All numbers as a table, for notebooks. Waits for the devices."""
+        from .._base.markup import html_paragraph, html_table
+
         read = self.to_dict()
         head = f"step {read['step']}, weight decay {short(read['weight_decay'])}"
         groups: dict[str, dict[str, Any]] = read["groups"]

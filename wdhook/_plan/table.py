@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .._base.markup import html_paragraph, html_table
 from .._base.terminal import paragraph, table
 from .._base.text import NUMBER, Row, fold_by
 from .decision import Decision
@@ -23,6 +22,8 @@ def plan_table(weight_decay: float, decisions: Sequence[Decision]) -> str:
 
 def plan_html(weight_decay: float, decisions: Sequence[Decision]) -> str:
     """Format decisions as HTML for notebooks, with the content of `plan_table`."""
+    from .._base.markup import html_paragraph, html_table  # needs html, which few need
+
     parts = [html_paragraph(headline(weight_decay, decisions))]
     parts += [html_table(plan_rows(decisions)), html_table(totals(decisions))]
     return "\n".join(parts)
