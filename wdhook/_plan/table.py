@@ -111,6 +111,8 @@ def diff_table(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) -> 
 
 def diff_html(pairs: Mapping[str, tuple[Decision | None, Decision | None]]) -> str:
     """Format the differences between two plans as HTML for notebooks."""
+    from .._base.markup import html_paragraph, html_table
+
     head = html_paragraph(diff_headline(pairs))
     return f"{head}\n{html_table(diff_rows(pairs))}" if pairs else head
 
