@@ -10,11 +10,12 @@ from torch import Tensor
 from .._base.errors import ArgumentError
 from .._base.problem import Problem
 from .._plan.anchor import Anchor, probe
+from .._plan.decision import Decision
 from .._plan.names import plain_name
 from .engine import Engine
 from .formulas import kept
 from .memory import Memo
-from .parameters import has_values
+from .parameters import Known, has_values
 from .rate import NO_PROGRESS
 from .tally import Tally
 
@@ -112,45 +113,66 @@ def check(engine: Engine, state: Mapping[str, Any]) -> None:
 # --------------------------------------------------------------------------------------- targets
 
 
+_Named = list[tuple[str, Tensor, Known]]
+"""Decayed parameters with their names in checkpoints."""
+
+
 def _targets(engine: Engine) -> dict[str, Any]:
-    """What is saved of targets, by name: all in words (or numbers), first values whole, and a few
-    of given ones."""
-    words: dict[str, float | str] = {}
-    firsts: dict[str, Tensor] = {}
-    probes: dict[str, list[float]] = {}
+    """What is saved of targets: all in words or numbers, first values whole, and a few of given
+    ones."""
+    named = _named(engine)
+    more = {"targets": engine.memory.save_targets(_firsts(named)), "probes": _probes(named)}
+    return {"toward": (_words(named),), **{key: of for key, of in more.items() if of}}
+
+
+def _named(engine: Engine) -> _Named:
     names = engine.state.parameters.names()
-    for found, known in engine.state.parameters.eligible():
-        param, name, toward = found.param, names[id(found.param)], known.decision.toward
-        if toward:
-            words[name] = toward if isinstance(toward, float) else str(toward)
+    eligible = engine.state.parameters.eligible()
+    return [(names[id(found.param)], found.param, known) for found, known in eligible]
+
+
+def _words(named: _Named) -> dict[str, float | str]:
+    """Name → target, of those that are not drawn to 0."""
+    return {name: _word(known.decision) for name, _, known in named if known.decision.toward}
+
+
+def _word(decision: Decision) -> float | str:
+    return decision.toward if isinstance(decision.toward, float) else str(decision.toward)
+
+
+def _firsts(named: _Named) -> dict[str, Tensor]:
+    """Name → values before the first update. A frozen parameter that no optimizer has had is not
+    trained."""
+    firsts: dict[str, Tensor] = {}
+    for name, param, known in named:
         memo = known.progress.memo if known.progress is not None else None
         memo = Memo(known.decision) if memo is None else memo
         if memo.is_of_init and memo.target is not None:
             firsts[name] = memo.target
         elif memo.waits and param.requires_grad and has_values(param):
-            assert isinstance(toward, Anchor)
-            firsts[name] = kept(param, toward)
-        if (given := known.decision.given) is not None and (few := probe(given)):
-            probes[name] = few
-    more = {"targets": engine.memory.save_targets(firsts), "probes": probes}
-    return {"toward": (words,), **{key: of for key, of in more.items() if of}}
+            assert isinstance(memo.toward, Anchor)
+            firsts[name] = kept(param, memo.toward)
+    return firsts
+
+
+def _probes(named: _Named) -> dict[str, list[float]]:
+    """Name → a few of the values that were given."""
+    given = {name: known.decision.given for name, _, known in named}
+    return {name: few for name, of in given.items() if of is not None and (few := probe(of))}
 
 
 def _check_targets(engine: Engine, state: Mapping[str, Any]) -> None:
     """Raise where decay would draw a parameter to another value than before."""
-    parameters = engine.state.parameters
-    names = parameters.names()
-    saved = _by_present_names(state, names.values())
+    named = _named(engine)
+    saved = _by_present_names(state, [name for name, *_ in named])
     before: dict[str, float | str] = (saved.get("toward") or ({},))[0]
-    probes = saved.get("probes", {})
+    words, probes, now = _words(named), saved.get("probes", {}), _probes(named)
     others = []
-    for found, known in parameters.eligible():
-        name, toward = names[id(found.param)], known.decision.toward
-        now = toward if isinstance(toward, float) else str(toward)
-        given = known.decision.given
-        if before.get(name, 0.0) != now and not known.is_new:
-            others.append(f"{name}: {before.get(name, 0.0)}, now {now}")
-        elif name in probes and given is not None and list(probes[name]) != probe(given):
+    for name, _, known in named:
+        then, word = before.get(name, 0.0), words.get(name, 0.0)
+        if then != word and not known.is_new:
+            others.append(f"{name}: {then}, now {word}")
+        elif name in probes and name in now and list(probes[name]) != now[name]:
             others.append(f"{name}: other values of the source")
     if others:
         raise ArgumentError(

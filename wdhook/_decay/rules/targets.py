@@ -130,19 +130,20 @@ def target_of_a_new_parameter(facts: Facts) -> Iterator[Problem]:
 
 
 def _has_stepped(optimizer: Any) -> bool:
-    """The optimizer has made a step, as far as its state and its groups tell."""
+    """The optimizer has made a step, as far as its groups and its state tell."""
     groups = getattr(optimizer, "param_groups", ())
     if any(is_number(n) and n > 0 for g in groups for n in (g.get("step"), g.get("k"))):
         return True
-    for known in list(getattr(optimizer, "state", {}).values())[:_LOOKED_AT]:
-        if isinstance(known, Mapping):
-            if "step" in known:
-                return bool(known["step"] > 0)
-            # Some optimizers make a state of zeros when they are constructed.
-            found = [v for v in known.values() if isinstance(v, Tensor)]
-            if any(bool(v.any()) for v in found) or bool(known.get("n_iter")):
-                return True
-    return False
+    states = list(getattr(optimizer, "state", {}).values())[:_LOOKED_AT]
+    return any(_is_of_a_step(state) for state in states if isinstance(state, Mapping))
+
+
+def _is_of_a_step(state: Mapping[str, Any]) -> bool:
+    """Tell a state from one of zeros, which some optimizers make when they are constructed."""
+    if "step" in state:
+        return bool(state["step"] > 0)
+    values = [value for value in state.values() if isinstance(value, Tensor)]
+    return bool(state.get("n_iter")) or any(bool(value.any()) for value in values)
 
 
 _LOOKED_AT = 3  # states: they are alike
