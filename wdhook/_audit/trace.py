@@ -274,7 +274,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Read a parameter together with data, in an operation that any tensor may enter."""
         operation = f"{op.name}[{operand.argument}]"
         if op.picks:
-            rows = Seen(Use.LOOKUP, operation)
+            # `gather` picks single elements, as of a histogram; a table is looked up by rows.
+            rows = Seen(Use.LOOKUP, operation, firm=op.name != "gather")
             return {name: carried.waiting(rows) for name, carried in operand.carries.items()}
         if op.joins:
             self._consume(operand, Seen(Use.TOKEN, operation))

@@ -31,10 +31,13 @@ from .vocabulary import (
     Meaning,
     Role,
     family_of,
+    is_firm_name,
     is_matrix_name,
+    is_plural,
     meaning_of,
     names_a_matrix_layer,
     names_positions,
+    names_waves,
     siblings_of,
     words_of,
 )
@@ -140,9 +143,11 @@ def family(owner: nn.Module) -> Family | None:
 
 def _in_a_norm(case: Case) -> Verdict | None:
     """A normalization holds scales and shifts; a fused one, such as a LayerNormLinear, more."""
-    if case.is_vector or not case.holds_matrices:
+    if case.is_vector:
         return Verdict(Role.NORM, case.called)
-    return None
+    if case.holds_matrices:
+        return None
+    return Verdict(Role.NORM, case.called, guess=fill_of(case.parameter) is Fill.ELSE)
 
 
 def _in_a_scale(case: Case) -> Verdict | None:
@@ -216,7 +221,8 @@ def by_name(case: Case) -> Verdict | None:
     if meaning is Role.EMBEDDING and case.is_vector:
         return Verdict(Role.POSITION, f"{case.named}, a vector")
     is_letter = len(case.local.rstrip("0123456789")) == 1
-    return Verdict(meaning, case.named, guess=is_letter and not case.is_vector)
+    is_open = is_letter or not is_firm_name(case.local)
+    return Verdict(meaning, case.named, guess=is_open and not case.is_vector)
 
 
 def _open(case: Case) -> Verdict | None:
@@ -229,14 +235,14 @@ def _open(case: Case) -> Verdict | None:
 
 
 def _firm(case: Case) -> Verdict:
-    return Verdict(Role.WEIGHT, case.named)
+    return Verdict(Role.WEIGHT, case.named, guess=case.is_vector)
 
 
 def _matrix(case: Case) -> Verdict:
     """A `weight` multiplies: as a matrix it contracts, as a vector it scales.
 
     First values say otherwise: a matrix of one repeated value is a scale, and a vector that is
-    initialized by its fan contracts.
+    drawn around zero contracts.
     """
     if is_column(case.shape):
         return Verdict(Role.WEIGHT, f"{case.named}, a column", guess=True)
@@ -244,14 +250,29 @@ def _matrix(case: Case) -> Verdict:
         return _vector(case)
     if case.is_constant:
         return Verdict(Role.SCALE, f"{case.named}, all values equal", guess=True)
-    return Verdict(Role.WEIGHT, case.named)
+    return Verdict(Role.WEIGHT, case.named, guess=is_broadcast(case.shape))
 
 
 def _vector(case: Case) -> Verdict:
     fill = fill_of(case.parameter)
-    if fill is Fill.FAN and _bias_of_the_same_shape(case) is None:
-        return Verdict(Role.WEIGHT, f"{case.named}, a vector random by its fan", guess=True)
-    return Verdict(Role.SCALE, f"{case.named}, a vector", guess=fill is not Fill.CONSTANT)
+    found = None if fill is Fill.CONSTANT else _beside_one_bias(case)
+    if found is not None:
+        return found
+    scales = names_waves(class_name(case.owner)) or _bias_of_the_same_shape(case) is not None
+    if fill is Fill.RANDOM and not scales:
+        return Verdict(Role.WEIGHT, f"{case.named}, a vector random around zero", guess=True)
+    is_open = fill is not Fill.CONSTANT or is_plural(case.local)
+    return Verdict(Role.SCALE, f"{case.named}, a vector", guess=is_open)
+
+
+def _beside_one_bias(case: Case) -> Verdict | None:
+    """A layer with one output has a bias of one number, and a vector that is summed over."""
+    if case.shape is None or dimensions(case.shape) != 1:
+        return None
+    for name, other in case.owner._parameters.items():
+        if other is not None and meaning_of(name) is Role.BIAS and shape_of(other) in ((), (1,)):
+            return Verdict(Role.WEIGHT, f"{case.named}, beside {name!r} of one number", guess=True)
+    return None
 
 
 def _gate(case: Case) -> Verdict:
@@ -323,10 +344,15 @@ def by_shape(case: Case) -> Verdict:
     if case.shape is None:
         return Verdict(Role.WEIGHT, "shape not known yet, owner unknown", guess=True)
     count = dimensions(case.shape)
+    if count == 1 and len(case.shape) > 1 and is_matrix_name(case.local):
+        return Verdict(Role.WEIGHT, f"{case.named}, a matrix of one line", guess=True)
     if count <= 1:
         return Verdict(Role.OTHER, f"{count}-D, owner unknown", guess=True)
     if is_broadcast(case.shape):
         return Verdict(Role.OTHER, "broadcast over its first dimension, owner unknown", guess=True)
-    if case.is_constant:
+    fill = fill_of(case.parameter)
+    if fill is Fill.CONSTANT:
         return Verdict(Role.SCALE, f"{count}-D, all values equal, owner unknown", guess=True)
+    if fill is Fill.ZERO and not is_matrix_name(case.local):
+        return Verdict(Role.OTHER, f"{count}-D, all values zero, owner unknown", guess=True)
     return Verdict(Role.WEIGHT, f"{count}-D, owner unknown", guess=True)
