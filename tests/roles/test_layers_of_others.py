@@ -216,6 +216,14 @@ def test_a_capital_letter_names_a_matrix_of_one_line() -> None:
     assert decayed(holder("Thing", A=(4,))) == {"A": False}
 
 
+def test_a_column_of_ones() -> None:
+    """(n, 1) is a product with one output; of ones, a factor for channels; several weigh a sum."""
+    ones = torch.ones(4, 1)
+    assert decayed(holder("Thing", weight=(4, 1))) == {"weight": True}
+    assert decayed(holder("Thing", weight=ones)) == {"weight": False}
+    assert decayed(holder("Thing", tree_weights=ones)) == {"tree_weights": True}
+
+
 def test_nothing_but_the_name_of_a_weight_norm() -> None:
     """`x_g` and `x_v` of one shape are two of several, not a magnitude and a direction."""
     twins = holder("Mixer", x_g=(1, 1, 8), x_v=(1, 1, 8))
@@ -231,7 +239,14 @@ def test_gnn_is_no_norm() -> None:
 
 def test_a_function_is_named_last_too() -> None:
     """`a_unconstrained` and `mixture_logits` are inputs of a function, like `log_noise`."""
-    names = ("a_unconstrained", "mixture_logits", "D_log", "scale_tril", "cov_factor")
+    names = (
+        "a_unconstrained",
+        "mixture_logits",
+        "edge_log_probs",
+        "D_log",
+        "scale_tril",
+        "cov_factor",
+    )
     assert decayed(holder("Guide", **dict.fromkeys(names, (4, 3)))) == dict.fromkeys(names, False)
 
 

@@ -244,12 +244,12 @@ def _matrix(case: Case) -> Verdict:
     First values say otherwise: a matrix of one repeated value is a scale, and a vector that is
     drawn around zero contracts.
     """
-    if is_column(case.shape):
-        return Verdict(Role.WEIGHT, f"{case.named}, a column", guess=True)
-    if case.is_vector:
+    if case.is_vector and not is_column(case.shape):
         return _vector(case)
-    if case.is_constant:
+    if case.is_constant and not (case.is_vector and is_plural(case.local)):
         return Verdict(Role.SCALE, f"{case.named}, all values equal", guess=True)
+    if case.is_vector:
+        return Verdict(Role.WEIGHT, f"{case.named}, a column", guess=True)
     return Verdict(Role.WEIGHT, case.named, guess=is_broadcast(case.shape))
 
 

@@ -178,9 +178,10 @@ _SPREAD = _words(
 )
 _PROJECTION = frozenset(("proj", "projs", "projection", "fc", "linear", "net"))
 
-# A function of the parameter is used, not the parameter: said first, or last (`A_unconstrained`).
-_TRANSFORMED = frozenset(("log", "raw", "unnormalized", "unconstrained", "inv", "inverse"))
-_TRANSFORMED_LAST = frozenset(("log", "unnormalized", "unconstrained", "logit", "logits"))
+# A function of the parameter is used, not the parameter: said first, or where no noun is known
+# anywhere (`edge_log_probs`, `A_unconstrained`).
+_TRANSFORMED = _words("log raw unnormalized unconstrained inv inverse")
+_TRANSFORMED_ANYWHERE = _words("log unnormalized unconstrained logit logits")
 
 # What a weight may be named after. `weight_query` is the weight of the query; `W_pos` is a table.
 _WEIGHT_FIRST = frozenset(("weight", "weights", "w", "kernel", "kernels", "proj"))
@@ -233,7 +234,7 @@ def _compound(words: list[str]) -> Meaning | None:
         return last
     if words[0] in _WEIGHT_FIRST and last in (None, Role.POSITION, Role.EMBEDDING, Hint.PLACE):
         return last if not _TRUE_POSITION.isdisjoint(words) else Hint.MATRIX
-    if last in (None, Hint.SHAPE) and words[-1] in _TRANSFORMED_LAST:
+    if last in (None, Hint.SHAPE) and not _TRANSFORMED_ANYWHERE.isdisjoint(words):
         return Role.SCALE
     if words[0] in _TRANSFORMED and last in (None, Hint.MATRIX, Hint.SHAPE):
         return Hint.MATRIX if words[0] == "raw" and last is Hint.MATRIX else Role.SCALE
