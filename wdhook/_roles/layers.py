@@ -104,15 +104,16 @@ def by_siblings(case: Case) -> Verdict | None:
         return None
     if family(case.owner) is Family.NORM:
         return None
-    twin = _bias_of_the_same_shape(case)
+    twin = _bias_of(case, case.shape)
     return None if twin is None else Verdict(Role.SCALE, f"of the shape of {twin!r}", guess=True)
 
 
-def _bias_of_the_same_shape(case: Case) -> str | None:
+def _bias_of(case: Case, *shapes: Shape) -> str | None:
+    """The name of a bias beside the parameter that has one of these shapes."""
     for name, other in case.owner._parameters.items():
         if meaning_of(name) is not Role.BIAS or other is None:
             continue
-        if shape_of(other) == case.shape:
+        if shape_of(other) in shapes:
             return name
     return None
 
@@ -258,7 +259,7 @@ def _vector(case: Case) -> Verdict:
     found = None if fill is Fill.CONSTANT else _beside_one_bias(case)
     if found is not None:
         return found
-    scales = names_waves(class_name(case.owner)) or _bias_of_the_same_shape(case) is not None
+    scales = names_waves(class_name(case.owner)) or _bias_of(case, case.shape) is not None
     if fill is Fill.RANDOM and not scales:
         return Verdict(Role.WEIGHT, f"{case.named}, a vector random around zero", guess=True)
     is_open = fill is not Fill.CONSTANT or is_plural(case.local)
@@ -269,10 +270,10 @@ def _beside_one_bias(case: Case) -> Verdict | None:
     """A layer with one output has a bias of one number, and a vector that is summed over."""
     if case.shape is None or dimensions(case.shape) != 1:
         return None
-    for name, other in case.owner._parameters.items():
-        if other is not None and meaning_of(name) is Role.BIAS and shape_of(other) in ((), (1,)):
-            return Verdict(Role.WEIGHT, f"{case.named}, beside {name!r} of one number", guess=True)
-    return None
+    bias = _bias_of(case, (), (1,))
+    if bias is None:
+        return None
+    return Verdict(Role.WEIGHT, f"{case.named}, beside {bias!r} of one number", guess=True)
 
 
 def _gate(case: Case) -> Verdict:
@@ -351,8 +352,14 @@ def by_shape(case: Case) -> Verdict:
     if is_broadcast(case.shape):
         return Verdict(Role.OTHER, "broadcast over its first dimension, owner unknown", guess=True)
     fill = fill_of(case.parameter)
-    if fill is Fill.CONSTANT:
-        return Verdict(Role.SCALE, f"{count}-D, all values equal, owner unknown", guess=True)
-    if fill is Fill.ZERO and not is_matrix_name(case.local):
-        return Verdict(Role.OTHER, f"{count}-D, all values zero, owner unknown", guess=True)
-    return Verdict(Role.WEIGHT, f"{count}-D, owner unknown", guess=True)
+    if fill is Fill.ZERO and is_matrix_name(case.local):
+        fill = Fill.ELSE  # the second factor of a product of low rank, which starts at zero
+    role, values = _BY_FILL.get(fill, (Role.WEIGHT, ""))
+    return Verdict(role, f"{count}-D{values}, owner unknown", guess=True)
+
+
+# First values → the role of a matrix that nothing else speaks of.
+_BY_FILL: dict[Fill, tuple[Role, str]] = {
+    Fill.CONSTANT: (Role.SCALE, ", all values equal"),
+    Fill.ZERO: (Role.OTHER, ", all values zero"),
+}
