@@ -191,6 +191,17 @@ class Drawing(nn.Module):
         return self.fc(x) + (next(self.numbers) if self.draws else 0.0)
 
 
+def test_a_class_with_a_metaclass_is_left_alone() -> None:
+    """A module may hold a class as data; its `__dict__` takes no items, whoever made the class."""
+    meta = type("Meta", (type,), {})
+    held = meta("Held", (), {"norm": [1]})
+    model = nn.Linear(4, 4)
+    model.kind = held  # type: ignore[assignment]
+    assert wdhook.audit(model, torch.randn(2, 4))["weight"].agrees
+    assert model.kind is held
+    assert held.__dict__["norm"] == [1]
+
+
 def test_a_generator_that_has_run_is_named() -> None:
     """Python cannot run a generator back: the audit warns, and names it."""
     model = Drawing(draws=True)

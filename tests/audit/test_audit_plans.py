@@ -229,6 +229,16 @@ UNDECIDED: dict[str, tuple[nn.Module, tuple[Tensor, ...], str]] = {
         (r(2, 5, 4),),
         "mem_tokens",
     ),
+    "single elements that are picked, as of a histogram": (
+        Of(lambda m, i: m.unnormalized_heights.gather(1, i), unnormalized_heights=r(3, 4)),
+        (torch.ones(3, 2, dtype=torch.long),),
+        "unnormalized_heights",
+    ),
+    "a bias for each user": (
+        Of(lambda m, i: m.user_bias[i], user_bias=r(5)),
+        (torch.ones(3, dtype=torch.long),),
+        "user_bias",
+    ),
     "a weight of full rank from the left": (
         Of(lambda m, x: F.linear(m.weight_u, m.weight_v) @ x, weight_u=r(3, 4), weight_v=r(5, 4)),
         (r(5, 2),),

@@ -156,18 +156,98 @@ def test_gaussian_processes() -> None:
     assert (str(mean.role), mean.decayed) == ("other", False)
 
 
-def test_first_values() -> None:
-    """A matrix of ones scales; a vector that is random by its fan contracts; no values, no news."""
+def test_first_values_of_a_matrix() -> None:
+    """A matrix of ones scales, one of zeros is added; no values, no news."""
     random = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     assert decayed(holder("Thing", weight=torch.ones(4, 64))) == {"weight": False}
     assert decayed(holder("Thing", weight=random)) == {"weight": True}
     assert decayed(holder("Thing", weight=torch.zeros(4, 64))) == {"weight": True}
     assert decayed(holder("Thing", weight=torch.ones(4, 64, device="meta"))) == {"weight": True}
-    assert decayed(holder("Thing", weight=random[0])) == {"weight": False}
-    assert decayed(holder("Thing", weight=random[0] / 8)) == {"weight": True}
-    assert decayed(holder("Thing", u=torch.ones(4, 64))) == {"u": False}
-    elementwise = holder("Thing", weight=random[0] / 8, bias=torch.zeros(64))
+    for values, contracts in ((torch.ones(4, 64), False), (random, True)):
+        assert decayed(holder("Thing", u=values)) == {"u": contracts}
+    zeros = torch.zeros(4, 64)
+    assert decayed(holder("Thing", bonus=zeros, B=zeros)) == {"bonus": False, "B": True}
+    assert only(holder("Thing", bonus=zeros)).guess
+
+
+def test_first_values_of_a_vector() -> None:
+    """A factor starts at one, or at zero; a vector that is drawn around zero contracts."""
+    random = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    for scale in (1.0, 1 / 8):
+        verdict = only(holder("Thing", attention_weights=random * scale))
+        assert verdict.decayed
+        assert verdict.guess
+    for values in (torch.ones(64), torch.zeros(64), torch.linspace(-1, 1, 64), random + 3):
+        assert decayed(holder("Thing", weight=values)) == {"weight": False}
+    elementwise = holder("Thing", weight=random / 8, bias=torch.zeros(64))
     assert decayed(elementwise) == {"weight": False, "bias": False}
+    assert not only(holder("FourierFeatures", weight=random)).decayed
+
+
+def test_a_bias_of_one_number_tells_a_layer_with_one_output() -> None:
+    """`w @ x + b` has as many numbers in `w` as inputs; an affine map has as many in `b`."""
+    assert decayed(holder("Flow", w=(4,), bias=(1,))) == {"w": True, "bias": False}
+    assert decayed(holder("Flow", w=(4,), bias=(4,))) == {"w": False, "bias": False}
+    ones = torch.ones(4)
+    assert decayed(holder("Flow", w=ones, bias=(1,))) == {"w": False, "bias": False}
+
+
+@pytest.mark.parametrize("name", ["points", "alpha", "knots", "offset", "latents"])
+def test_a_matrix_named_by_an_open_word_is_a_guess(name: str) -> None:
+    """A matrix called `points` or `alpha` may contract; as a vector the word is enough."""
+    matrix, vector = only(holder("Thing", **{name: (4, 3)})), only(holder("Thing", **{name: (3,)}))
+    assert (matrix.decayed, matrix.guess) == (False, True)
+    assert (vector.decayed, vector.guess) == (False, False)
+    assert not only(holder("Thing", **{f"{name}_bias": (4, 3)})).guess
+
+
+def test_a_vector_called_kernel_is_a_guess() -> None:
+    """As a matrix the word is enough; `weights` may weigh a sum, and one broadcast may scale."""
+    assert not only(holder("Thing", kernel=(4, 3))).guess
+    assert only(holder("Thing", kernel=(4,))).guess
+    assert only(holder("Thing", weights=torch.ones(4))).guess
+    assert not only(holder("Thing", weight=torch.ones(4))).guess
+    assert only(holder("Thing", weight=(1, 4, 3))).guess
+
+
+def test_a_capital_letter_names_a_matrix_of_one_line() -> None:
+    """`A` of one row is the matrix with one output; without a second dimension it is a vector."""
+    assert decayed(holder("Thing", A=(1, 4))) == {"A": True}
+    assert decayed(holder("Thing", A=(4,))) == {"A": False}
+
+
+def test_a_column_of_ones() -> None:
+    """(n, 1) is a product with one output; of ones, a factor for channels; several weigh a sum."""
+    ones = torch.ones(4, 1)
+    assert decayed(holder("Thing", weight=(4, 1))) == {"weight": True}
+    assert decayed(holder("Thing", weight=ones)) == {"weight": False}
+    assert decayed(holder("Thing", tree_weights=ones)) == {"tree_weights": True}
+
+
+def test_nothing_but_the_name_of_a_weight_norm() -> None:
+    """`x_g` and `x_v` of one shape are two of several, not a magnitude and a direction."""
+    twins = holder("Mixer", x_g=(1, 1, 8), x_v=(1, 1, 8))
+    assert {str(verdict.role) for verdict in classify(twins).values()} == {"other"}
+    assert str(classify(holder("Mixer", x_g=(8, 1), x_v=(8, 4)))["x_g"].role) == "scale"
+
+
+def test_gnn_is_no_norm() -> None:
+    """The letters of a nickname must not run on: `LN2d` is a layer norm, a `GNN` is not."""
+    assert str(only(holder("GNN", weight=(4, 3))).role) == "weight"
+    assert str(only(holder("LN2d", weight=(3,))).role) == "norm"
+
+
+def test_a_function_is_named_last_too() -> None:
+    """`a_unconstrained` and `mixture_logits` are inputs of a function, like `log_noise`."""
+    names = (
+        "a_unconstrained",
+        "mixture_logits",
+        "edge_log_probs",
+        "D_log",
+        "scale_tril",
+        "cov_factor",
+    )
+    assert decayed(holder("Guide", **dict.fromkeys(names, (4, 3)))) == dict.fromkeys(names, False)
 
 
 def test_reading_values_changes_nothing() -> None:

@@ -21,7 +21,7 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.proj = nn.Linear(3, 3)
-        self.mix = nn.Parameter(torch.zeros(3, 3))
+        self.mix = nn.Parameter(torch.eye(3))
 
 
 class Listing(Attention):
@@ -196,7 +196,7 @@ def test_a_mark_on_either_alias_counts() -> None:
 def test_marks_outrank_guesses() -> None:
     """What somebody said is no guess any more."""
     model = nn.Module()
-    model.u = nn.Parameter(torch.zeros(3, 3))
+    model.u = nn.Parameter(torch.eye(3))
     assert classify(model)["u"].guess
     model.u._no_weight_decay = True
     assert not classify(model)["u"].guess
@@ -212,10 +212,10 @@ class House(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.u = nn.Parameter(torch.zeros(3, 3))
+        self.u = nn.Parameter(torch.eye(3))
         self.v = nn.Parameter(torch.zeros(3))
-        self.parts = nn.ParameterList([torch.zeros(3, 3)])
-        self.named = nn.ParameterDict({"a": torch.zeros(3, 3), "b": torch.zeros(3, 3)})
+        self.parts = nn.ParameterList([torch.eye(3)])
+        self.named = nn.ParameterDict({"a": torch.eye(3), "b": torch.eye(3)})
         self.inner = nn.Linear(3, 3)
 
 

@@ -5,6 +5,7 @@ them.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -28,15 +29,18 @@ def roles(model: nn.Module) -> dict[str, str]:
     return {name: str(verdict.role) for name, verdict in classify(model).items()}
 
 
+def grid(shape: tuple[int, ...]) -> torch.Tensor:
+    """Values that say nothing: neither equal nor drawn at random."""
+    return torch.linspace(0, 1, math.prod(shape)).reshape(shape)
+
+
 def holder(class_name: str, **parameters: object) -> nn.Module:
     """A module of a new class with that name; a tuple becomes a parameter of that shape, a module a
     child.
     """
     module = type(class_name, (nn.Module,), {})()
     for name, value in parameters.items():
-        setattr(
-            module, name, nn.Parameter(torch.zeros(value)) if isinstance(value, tuple) else value
-        )
+        setattr(module, name, nn.Parameter(grid(value)) if isinstance(value, tuple) else value)
     return module
 
 
@@ -258,7 +262,7 @@ def test_families(family: str) -> None:
 def test_subclass_of_a_family_inherits_it() -> None:
     """A class of another name is what its base class is called."""
     base = type(holder("OlmoRMSNorm", weight=(8,)))
-    child = type("QKScaler", (base,), {})()
+    child = type("QKClip", (base,), {})()
     child.weight = nn.Parameter(torch.zeros(2, 8))
     assert roles(child) == {"weight": "norm"}
 

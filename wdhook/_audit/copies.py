@@ -31,6 +31,7 @@ _WHOLE = (bytearray, array, random.Random)
 # Objects of the standard library that hold data alone. Locks, queues and files are left alone.
 _DATA = (UserDict, UserList, types.SimpleNamespace)
 _NEVER = (
+    type,
     types.FunctionType,
     types.BuiltinFunctionType,
     types.ModuleType,

@@ -274,7 +274,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Read a parameter together with data, in an operation that any tensor may enter."""
         operation = f"{op.name}[{operand.argument}]"
         if op.picks:
-            rows = Seen(Use.LOOKUP, operation)
+            # A table is looked up by rows. Single elements may be biases, or a histogram.
+            by_rows = op.name != "gather" and operand.tensor.dim() > 1
+            rows = Seen(Use.LOOKUP, operation, firm=by_rows)
             return {name: carried.waiting(rows) for name, carried in operand.carries.items()}
         if op.joins:
             self._consume(operand, Seen(Use.TOKEN, operation))

@@ -22,7 +22,8 @@ class Fill(enum.Enum):
 
     UNKNOWN = enum.auto()
     CONSTANT = enum.auto()  # one value that is not zero: a factor that starts neutral
-    FAN = enum.auto()  # random around zero, as small as an initialization by fan makes it
+    ZERO = enum.auto()  # a term that starts without an effect
+    RANDOM = enum.auto()  # a vector drawn around zero: factors are not, what contracts is
     ELSE = enum.auto()
 
 
@@ -71,16 +72,13 @@ def fill_of(parameter: torch.Tensor) -> Fill:
         return Fill.UNKNOWN
     values = parameter.detach().reshape(-1)
     first = values[0].item()
-    if first != 0 and values[-1].item() == first:
-        return Fill.CONSTANT if bool((values == first).all()) else Fill.ELSE
-    count = values.numel()
-    if count < _SMALLEST_SAMPLE or not is_vectorlike(parameter.shape):
+    if values[-1].item() == first and bool((values == first).all()):
+        return Fill.CONSTANT if first else Fill.ZERO
+    if values.numel() < _SMALLEST_SAMPLE or not is_vectorlike(parameter.shape):
         return Fill.ELSE
     deviation, mean = torch.std_mean(values.float())
-    spread = deviation.item()
-    # Glorot's uniform distribution for one output has a deviation of √(2/(n + 1)), others less.
-    is_small = 0 < spread < 1.5 / count**0.5
-    return Fill.FAN if is_small and abs(mean.item()) < spread else Fill.ELSE
+    is_grid = bool((values[1:] >= values[:-1]).all())
+    return Fill.ELSE if is_grid or abs(mean.item()) >= deviation.item() else Fill.RANDOM
 
 
 def _is_readable(parameter: torch.Tensor) -> bool:

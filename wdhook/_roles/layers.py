@@ -31,10 +31,13 @@ from .vocabulary import (
     Meaning,
     Role,
     family_of,
+    is_firm_name,
     is_matrix_name,
+    is_plural,
     meaning_of,
     names_a_matrix_layer,
     names_positions,
+    names_waves,
     siblings_of,
     words_of,
 )
@@ -101,15 +104,16 @@ def by_siblings(case: Case) -> Verdict | None:
         return None
     if family(case.owner) is Family.NORM:
         return None
-    twin = _bias_of_the_same_shape(case)
+    twin = _bias_of(case, case.shape)
     return None if twin is None else Verdict(Role.SCALE, f"of the shape of {twin!r}", guess=True)
 
 
-def _bias_of_the_same_shape(case: Case) -> str | None:
+def _bias_of(case: Case, *shapes: Shape) -> str | None:
+    """The name of a bias beside the parameter that has one of these shapes."""
     for name, other in case.owner._parameters.items():
         if meaning_of(name) is not Role.BIAS or other is None:
             continue
-        if shape_of(other) == case.shape:
+        if shape_of(other) in shapes:
             return name
     return None
 
@@ -140,9 +144,11 @@ def family(owner: nn.Module) -> Family | None:
 
 def _in_a_norm(case: Case) -> Verdict | None:
     """A normalization holds scales and shifts; a fused one, such as a LayerNormLinear, more."""
-    if case.is_vector or not case.holds_matrices:
+    if case.is_vector:
         return Verdict(Role.NORM, case.called)
-    return None
+    if case.holds_matrices:
+        return None
+    return Verdict(Role.NORM, case.called, guess=fill_of(case.parameter) is Fill.ELSE)
 
 
 def _in_a_scale(case: Case) -> Verdict | None:
@@ -216,7 +222,8 @@ def by_name(case: Case) -> Verdict | None:
     if meaning is Role.EMBEDDING and case.is_vector:
         return Verdict(Role.POSITION, f"{case.named}, a vector")
     is_letter = len(case.local.rstrip("0123456789")) == 1
-    return Verdict(meaning, case.named, guess=is_letter and not case.is_vector)
+    is_open = is_letter or not is_firm_name(case.local)
+    return Verdict(meaning, case.named, guess=is_open and not case.is_vector)
 
 
 def _open(case: Case) -> Verdict | None:
@@ -229,29 +236,44 @@ def _open(case: Case) -> Verdict | None:
 
 
 def _firm(case: Case) -> Verdict:
-    return Verdict(Role.WEIGHT, case.named)
+    return Verdict(Role.WEIGHT, case.named, guess=case.is_vector)
 
 
 def _matrix(case: Case) -> Verdict:
     """A `weight` multiplies: as a matrix it contracts, as a vector it scales.
 
     First values say otherwise: a matrix of one repeated value is a scale, and a vector that is
-    initialized by its fan contracts.
+    drawn around zero contracts.
     """
-    if is_column(case.shape):
-        return Verdict(Role.WEIGHT, f"{case.named}, a column", guess=True)
-    if case.is_vector:
+    if case.is_vector and not is_column(case.shape):
         return _vector(case)
-    if case.is_constant:
+    if case.is_constant and not (case.is_vector and is_plural(case.local)):
         return Verdict(Role.SCALE, f"{case.named}, all values equal", guess=True)
-    return Verdict(Role.WEIGHT, case.named)
+    if case.is_vector:
+        return Verdict(Role.WEIGHT, f"{case.named}, a column", guess=True)
+    return Verdict(Role.WEIGHT, case.named, guess=is_broadcast(case.shape))
 
 
 def _vector(case: Case) -> Verdict:
     fill = fill_of(case.parameter)
-    if fill is Fill.FAN and _bias_of_the_same_shape(case) is None:
-        return Verdict(Role.WEIGHT, f"{case.named}, a vector random by its fan", guess=True)
-    return Verdict(Role.SCALE, f"{case.named}, a vector", guess=fill is not Fill.CONSTANT)
+    found = None if fill is Fill.CONSTANT else _beside_one_bias(case)
+    if found is not None:
+        return found
+    scales = names_waves(class_name(case.owner)) or _bias_of(case, case.shape) is not None
+    if fill is Fill.RANDOM and not scales:
+        return Verdict(Role.WEIGHT, f"{case.named}, a vector random around zero", guess=True)
+    is_open = fill is not Fill.CONSTANT or is_plural(case.local)
+    return Verdict(Role.SCALE, f"{case.named}, a vector", guess=is_open)
+
+
+def _beside_one_bias(case: Case) -> Verdict | None:
+    """A layer with one output has a bias of one number, and a vector that is summed over."""
+    if case.shape is None or dimensions(case.shape) != 1:
+        return None
+    bias = _bias_of(case, (), (1,))
+    if bias is None:
+        return None
+    return Verdict(Role.WEIGHT, f"{case.named}, beside {bias!r} of one number", guess=True)
 
 
 def _gate(case: Case) -> Verdict:
@@ -323,10 +345,21 @@ def by_shape(case: Case) -> Verdict:
     if case.shape is None:
         return Verdict(Role.WEIGHT, "shape not known yet, owner unknown", guess=True)
     count = dimensions(case.shape)
+    if count == 1 and len(case.shape) > 1 and is_matrix_name(case.local):
+        return Verdict(Role.WEIGHT, f"{case.named}, a matrix of one line", guess=True)
     if count <= 1:
         return Verdict(Role.OTHER, f"{count}-D, owner unknown", guess=True)
     if is_broadcast(case.shape):
         return Verdict(Role.OTHER, "broadcast over its first dimension, owner unknown", guess=True)
-    if case.is_constant:
-        return Verdict(Role.SCALE, f"{count}-D, all values equal, owner unknown", guess=True)
-    return Verdict(Role.WEIGHT, f"{count}-D, owner unknown", guess=True)
+    fill = fill_of(case.parameter)
+    if fill is Fill.ZERO and is_matrix_name(case.local):
+        fill = Fill.ELSE  # the second factor of a product of low rank, which starts at zero
+    role, values = _BY_FILL.get(fill, (Role.WEIGHT, ""))
+    return Verdict(role, f"{count}-D{values}, owner unknown", guess=True)
+
+
+# First values → the role of a matrix that nothing else speaks of.
+_BY_FILL: dict[Fill, tuple[Role, str]] = {
+    Fill.CONSTANT: (Role.SCALE, ", all values equal"),
+    Fill.ZERO: (Role.OTHER, ", all values zero"),
+}

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from .evidence import shape_of
 from .verdict import Verdict
 from .vocabulary import Role
 
@@ -64,10 +65,19 @@ def _public_bases(owner: nn.Module) -> Iterator[type]:
 
 
 def by_reparametrization(owner: nn.Module, local: str) -> Verdict | None:
-    """Find the magnitude of the older ``weight_norm``, which splits a weight into `_g` and `_v`."""
-    if local.endswith("_g") and f"{local[:-2]}_v" in owner._parameters:
-        return Verdict(Role.SCALE, "magnitude of a weight norm")
-    return None
+    """Find the magnitude of the older ``weight_norm``, which splits a weight into `_g` and `_v`.
+
+    The magnitude is smaller than the direction, except in a layer of torch with one input. Twins of
+    one shape in another class only happen to be called so.
+    """
+    if not local.endswith("_g"):
+        return None
+    direction, magnitude = owner._parameters.get(f"{local[:-2]}_v"), owner._parameters[local]
+    if direction is None or magnitude is None:
+        return None
+    if not isinstance(owner, _WEIGHTS) and shape_of(magnitude) == shape_of(direction):
+        return None
+    return Verdict(Role.SCALE, "magnitude of a weight norm")
 
 
 def by_torch_type(owner: nn.Module, local: str) -> Verdict | None:

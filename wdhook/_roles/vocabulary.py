@@ -39,6 +39,10 @@ class Family(enum.Enum):
     COMPOSITE = enum.auto()  # an attention, a block, a model: the name promises nothing
 
 
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
@@ -54,7 +58,7 @@ def words_of(name: str) -> list[str]:
 # Norms with other names, also at the end of a compound (`BlockV2GRN`); DoRA's magnitude layers,
 # which are called linear or convolution.
 _CLASS_NICKNAME = (
-    r"(?P<NORM>^(?i:dyt|dynamic_?(?:tanh|erf)|derf|[fg]rn|cln|[lbgi]n\d?d?|evo)(?![a-z])|[LBG]N$"
+    r"(?P<NORM>^(?i:dyt|dynamic_?(?:tanh|erf)|derf|[fg]rn|cln|[lbgi]n\d?d?(?!n)|evo)(?![a-z])|[LBG]N$"
     r"|(?<=[a-z\d])(?:[FG]RN|DyT|[CLBG]N)$)"
     r"|(?P<SCALE>^Dora|(?i:element_?wise)(?!.*(?i:linear|conv|dense)))"
     r"|(?P<FLAT>(?i:tensor_?(?:product|square)))"
@@ -62,7 +66,7 @@ _CLASS_NICKNAME = (
 
 _CLASS_WORD = (
     r"(?P<NORM>norm$)"
-    r"|(?P<SCALE>^(?:scale|rescale|layerscale|snake|snakebeta|prelu|affine|periodic)$)"
+    r"|(?P<SCALE>^(?:scale|scaler|rescale|layerscale|snake|snakebeta|prelu|affine|periodic)$)"
     r"|(?P<EMBEDDING>^embed|embeddings?$|^lookup$)"
     r"|(?P<WEIGHT>(?:linear|conv|dense|projection|projector|router|head)$"
     r"|^(?:proj|experts?|lora|mlp)$)"
@@ -71,6 +75,9 @@ _CLASS_WORD = (
 )
 
 _POSITION_CLASS = frozenset({"pos", "position", "positional", "positions", "relative", "cls"})
+_WAVE_CLASS = frozenset(
+    {"fourier", "frequency", "frequencies", "periodic", "rotary", "sinusoidal", "sinusoid", "sine"}
+)
 _MATRIX_CLASS = re.compile(r"(?i:linear|conv|embed|dense)")
 
 
@@ -94,6 +101,11 @@ def family_of(class_name: str) -> Family | None:
 def names_positions(class_name: str) -> bool:
     """True where a class name speaks of positions or class tokens: `PositionalEmbedding`."""
     return not _POSITION_CLASS.isdisjoint(words_of(class_name))
+
+
+def names_waves(class_name: str) -> bool:
+    """True where a class name speaks of waves, whose frequencies are drawn at random."""
+    return not _WAVE_CLASS.isdisjoint(words_of(class_name))
 
 
 def names_a_matrix_layer(class_name: str) -> bool:
@@ -162,29 +174,16 @@ _LETTERS = _dictionary(BIAS="b", SCALE="g r s")
 
 # Standard deviations, masks and diagonals are so wherever the word stands (`weight_log_sigma`,
 # `rho_kernel`, `_diag_weight`), unless a projection makes them.
-_SPREAD = frozenset(
-    (
-        "sigma",
-        "sigmas",
-        "rho",
-        "std",
-        "stddev",
-        "var",
-        "logvar",
-        "logsigma",
-        "logstd",
-        "covar",
-        "covariance",
-        "diag",
-        "diagonal",
-        "mask",
-        "masks",
-    )
+_SPREAD = _words(
+    "sigma sigmas rho std stddev var logvar logsigma logstd "
+    "cov covar covariance tril diag diagonal mask masks"
 )
 _PROJECTION = frozenset(("proj", "projs", "projection", "fc", "linear", "net"))
 
-# A function of the parameter is used, not the parameter.
-_TRANSFORMED = frozenset(("log", "raw", "unnormalized", "unconstrained", "inv", "inverse"))
+# A function of the parameter is used, not the parameter: said first, or where no noun is known
+# anywhere (`edge_log_probs`, `A_unconstrained`).
+_TRANSFORMED = _words("log raw unnormalized unconstrained inv inverse")
+_TRANSFORMED_ANYWHERE = _words("log unnormalized unconstrained logit logits")
 
 # What a weight may be named after. `weight_query` is the weight of the query; `W_pos` is a table.
 _WEIGHT_FIRST = frozenset(("weight", "weights", "w", "kernel", "kernels", "proj"))
@@ -237,6 +236,8 @@ def _compound(words: list[str]) -> Meaning | None:
         return last
     if words[0] in _WEIGHT_FIRST and last in (None, Role.POSITION, Role.EMBEDDING, Hint.PLACE):
         return last if not _TRUE_POSITION.isdisjoint(words) else Hint.MATRIX
+    if last in (None, Hint.SHAPE) and not _TRANSFORMED_ANYWHERE.isdisjoint(words):
+        return Role.SCALE
     if words[0] in _TRANSFORMED and last in (None, Hint.MATRIX, Hint.SHAPE):
         return Hint.MATRIX if words[0] == "raw" and last is Hint.MATRIX else Role.SCALE
     return last
@@ -248,6 +249,29 @@ def _last_noun(words: list[str]) -> Meaning | None:
             if word in nouns:
                 return nouns[word]
     return None
+
+
+# Words that mean the same at any shape. As a matrix, `alpha` may be a weight, and so may `points`.
+_FIRM_NOUNS = (
+    _SPREAD
+    | _TRUE_POSITION
+    | _words(
+        "bias biases scale scales gain gains temperature embed embeds embedding embeddings emb "
+        "token tokens codebook codebooks codevectors encoding modulation layerscale slope slopes "
+        "log raw unnormalized unconstrained"
+    )
+)
+
+
+def is_firm_name(local: str) -> bool:
+    """True where a name has one meaning at any shape, as `bias` has and `alpha` has not."""
+    words = words_of(local)
+    return not _FIRM_NOUNS.isdisjoint(words) or re.search(_SPECIAL, local) is not None
+
+
+def is_plural(local: str) -> bool:
+    """True for `weights`: a vector of them may weigh the terms of a sum."""
+    return "weights" in words_of(local)
 
 
 def _stem(local: str) -> Meaning | None:
