@@ -1,11 +1,17 @@
-"""`python -m benchmarks`: measure, print the table, and write JSON."""
+"""`python -m benchmarks`: measure, and remake docs/performance.md with its numbers and its figure.
+
+With `--quick`, `--only`, or on another device than the CPU nothing is written, unless `--docs`
+names a folder.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import platform
+import runpy
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +23,12 @@ from tqdm import tqdm
 
 import wdhook
 
+from .growth import growth
+from .page import filled
 from .ratios import Result, cases, measure
 from .totals import Total, totals
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def main() -> None:
@@ -28,15 +38,16 @@ def main() -> None:
         "--quick", action="store_true", help="tiny sizes, 3 runs: for its working order"
     )
     parser.add_argument(
-        "--runs", type=int, default=60, help="interleaved runs of each case (default: %(default)s)"
+        "--runs", type=int, default=30, help="interleaved runs of each case (default: %(default)s)"
     )
     parser.add_argument(
-        "--threads", type=int, nargs="+", default=[1], help="of torch, in turn (default: 1)"
+        "--threads", type=int, nargs="+", default=[1, 2], help="of torch, in turn (default: 1 2)"
     )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--json", type=Path, help="write all numbers there")
+    parser.add_argument("--docs", type=Path, help="folder with performance.md and figures/")
     options = parser.parse_args()
+    begin = time.monotonic()
     runs = 3 if options.quick else options.runs
     report: dict[str, Any] = {"machine": _machine(options.device), "runs": runs, "threads": {}}
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -58,8 +69,28 @@ def main() -> None:
     ]
     report["totals"] = [asdict(number) for number in numbers]
     console.print(_totals(numbers))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    is_whole = not (options.quick or options.only) and options.device.type == "cpu"
+    docs = options.docs or (DOCS if is_whole else None)
+    if docs is not None:
+        points = tqdm(growth(options.device, options.quick), desc="growth", leave=False)
+        _write(docs, report, [asdict(point) for point in points])
+    console.print(f"{time.monotonic() - begin:.0f} seconds")
+
+
+def _write(docs: Path, report: dict[str, Any], points: list[dict[str, Any]]) -> None:
+    """The numbers, the points, the picture of them (one for telephones too), and the page."""
+    figures = docs / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    # As it is read again: keys are strings.
+    text = json.dumps(report, indent=1) + "\n"
+    (figures / "performance.json").write_text(text)
+    (figures / "growth.json").write_text(json.dumps(points, indent=1) + "\n")
+    drawing = runpy.run_path(str(DOCS / "figures" / "draw.py"))
+    for width, folder in (("WIDE", figures), ("NARROW", docs / "_static" / "figures")):
+        folder.mkdir(parents=True, exist_ok=True)
+        drawing["save"](drawing["growth"](points, drawing[width]), folder / "growth.svg")
+    page = (DOCS / "performance.md").read_text()
+    (docs / "performance.md").write_text(filled(page, json.loads(text)))
 
 
 def _machine(device: torch.device) -> dict[str, str]:

@@ -1,14 +1,9 @@
-"""`python -m benchmarks.draw growth.json picture.svg`: how the cost grows."""
+"""Draws how the cost grows."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import matplotlib.pyplot as plt
 
 # Paul Tol's bright scheme, which colour-blind readers can tell apart; the reference is grey.
 STYLES = {
@@ -19,18 +14,6 @@ STYLES = {
     "foreach call, decoupled": ("0.5", ":", "^"),
     "decoupled at step": ("#228833", "-", "^"),
 }
-
-
-def main() -> None:
-    """Draw the points that `python -m benchmarks.growth growth.json` has written."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.draw", description=__doc__)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("picture", type=Path)
-    options = parser.parse_args()
-    points = json.loads(options.results.read_text())
-    figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.8), sharey=True, layout="constrained")
-    draw(points, axes)
-    figure.savefig(options.picture)
 
 
 def draw(points: list[dict[str, Any]], axes: Sequence[Any]) -> None:
@@ -57,7 +40,3 @@ def draw(points: list[dict[str, Any]], axes: Sequence[Any]) -> None:
     figure.legend(
         handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,28 +1,15 @@
-"""`python -m benchmarks.page results.json page.md`: write the tables of a report into a page."""
+"""Writes the tables of a report into a page."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 
-def main() -> None:
-    """Replace what stands between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description=__doc__)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("page", type=Path)
-    options = parser.parse_args()
-    options.page.write_text(
-        filled(options.page.read_text(), json.loads(options.results.read_text()))
-    )
-
-
 def filled(page: str, report: Mapping[str, Any]) -> str:
-    """The page with the numbers of the report.
+    """The page with the numbers of the report between ``<!-- table: NAME -->`` and
+    ``<!-- end -->``.
 
     Raises:
         KeyError: a marker names no table.
@@ -78,7 +65,3 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
     "ratios": _ratios,
     "totals": _totals,
 }
-
-
-if __name__ == "__main__":
-    main()

@@ -64,6 +64,11 @@ def measure(case: Case, device: torch.device, quick: bool, runs: int) -> Iterato
     finally:
         for handle in work.handles:
             handle.remove()
+    yield from compared(case, times)
+
+
+def compared(case: Case, times: dict[str, Times]) -> Iterator[Result]:
+    """The rows of one case: each variant over the first, whole, and above the one without work."""
     reference, *others = times
     for name in others:
         ratio = times[name].lower / times[reference].lower

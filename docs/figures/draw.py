@@ -64,7 +64,8 @@ def main() -> None:
         save(timeline(width), folder / "timeline.svg")
         save(equilibrium(numbers["equilibrium"], width), folder / "equilibrium.svg")
         save(roles(numbers["roles"], width), folder / "roles.svg")
-        save(growth(width), folder / "growth.svg")
+        points = json.loads((HERE / "growth.json").read_text())
+        save(growth(points, width), folder / "growth.svg")
         if find_spec("torchvision") is not None:
             save(plan(width), folder / "plan.svg")
 
@@ -238,11 +239,10 @@ def _diagonal(ax: Axes) -> None:
     ax.set_ylim(0, None)
 
 
-def growth(width: float) -> Figure:
-    """Time of a step against the number of tensors and of elements: python -m benchmarks.growth."""
+def growth(points: list[dict[str, Any]], width: float) -> Figure:
+    """Time of a step against the number of tensors and of elements, by `python -m benchmarks`."""
     from benchmarks.draw import draw
 
-    points = json.loads((HERE / "growth.json").read_text())
     if is_narrow(width):
         figure = Figure(figsize=(width, 6.4), layout="constrained")
         draw(points, list(figure.subplots(2, 1)))

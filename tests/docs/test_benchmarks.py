@@ -15,7 +15,7 @@ pytest.importorskip("rich", reason="the benchmarks print tables")
 from benchmarks import accelerator
 from benchmarks.low_precision import kept
 from benchmarks.page import filled
-from benchmarks.ratios import cases
+from benchmarks.ratios import Case, Work, cases, compared
 from benchmarks.timing import Times, Variant, side_by_side
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ REPORT = json.loads((ROOT / "docs" / "figures" / "performance.json").read_text()
 
 
 def test_the_page_has_the_numbers_of_the_report() -> None:
-    """Made by `python -m benchmarks.page`; a changed number would be found."""
+    """Made by `python -m benchmarks`; a changed number would be found."""
     assert filled(PAGE, REPORT) == PAGE
     changed = json.loads(json.dumps(REPORT))
     changed["totals"][0]["value"] *= 2
@@ -35,10 +35,26 @@ def test_the_page_has_the_numbers_of_the_report() -> None:
 
 def test_the_report_has_every_case() -> None:
     """What is measured today is what was published."""
+    measured = list(dict.fromkeys(case.what for case in cases()))
     for rows in REPORT["threads"].values():
-        assert list(dict.fromkeys(row["what"] for row in rows)) == list(
-            dict.fromkeys(case.what for case in cases())
-        )
+        found = dict.fromkeys(row["what"].removesuffix(", above no hook") for row in rows)
+        assert list(found) == measured
+
+
+def test_the_ratio_above_a_pass_without_hooks() -> None:
+    """Two hooks whose passes differ by a tenth of all, and by half of what is above no hook."""
+    times = {"bare": 1.2, "ours": 1.3, "none": 1.0}
+
+    def work(device: torch.device, quick: bool) -> Work:
+        return Work({name: Variant(lambda: None) for name in times}, [], [])
+
+    case = Case("hook", "bare", work, without="none", at_most_above=0.8)
+    results = list(compared(case, {name: Times((t, t, t)) for name, t in times.items()}))
+    above = results[-1]
+    assert [r.variant for r in results] == ["ours", "none", "ours"]
+    assert (above.what, above.at_most) == ("hook, above no hook", 0.8)
+    assert above.ratio == pytest.approx(0.3 / 0.2)
+    assert above.microseconds == pytest.approx(0.3e6)
 
 
 def test_the_table_of_low_precision() -> None:

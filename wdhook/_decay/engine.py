@@ -76,23 +76,33 @@ class Engine:
             raise
 
     def _track(self) -> bool:
-        """Meet every parameter; tell whether an engine takes gradients of some away."""
-        parameters, covered, has_engine = self.state.parameters, [], False
+        """Meet every parameter; tell whether an engine may take gradients of some away.
+
+        A parameter may have another name in the plan, as with FSDP1: nothing is known of it then.
+        """
+        parameters, may_have_engine = self.state.parameters, False
+        covered: list[tuple[str, Tensor]] = []
         for found in parameters.walk():
             param = found.param
             known = parameters.meet(found)
             entry = parameters.track(param, known)
             if entry is not None:
                 self.passes.cover(param, entry)
-                has_engine = has_engine or engine_of(param) is not None
+                if engine_of(param) is not None:
+                    may_have_engine = True
                 if param.requires_grad and not is_lazy(param):
                     covered.append((entry.name, param))
-            if known is not None and (entry is None or entry.handle is None):
+            if known is None:
+                may_have_engine = True
+            elif entry is None or entry.handle is None:
                 known.remember(param)
         if not self.state.config.in_backward:
-            for name, param in {id(p): (n, p) for n, p in _some(covered)}.values():
-                self.passes.watch(name, param)
-        return has_engine
+            self._watch(covered)
+        return may_have_engine
+
+    def _watch(self, covered: list[tuple[str, Tensor]]) -> None:
+        for name, param in {id(p): (n, p) for n, p in _some(covered)}.values():
+            self.passes.watch(name, param)
 
     def close(self) -> None:
         """Remove every hook. Nothing of the engine stays on any parameter."""

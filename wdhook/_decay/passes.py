@@ -309,7 +309,9 @@ class Passes:
             if hook.terms is not terms:  # neighbours mostly share their terms
                 terms = hook.terms
                 due = dues.setdefault(terms, Due(terms))
-            due.add(param, grad, hook)
+            due.params.append(param)  # `Due.add`, without a frame for each tensor
+            due.grads.append(grad)
+            due.entries.append(hook)
         begin(state, ((param, entry.memo) for due in dues.values() for param, _, entry in due))
         if dues and not state.pauses:
             pay(state, self._payable(dues), self._how)

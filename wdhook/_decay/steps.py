@@ -114,6 +114,7 @@ class Part:
         clock = self.view.clock
         steps = clock.steps
         in_gradient = self.engine.state.config.in_gradient
+        params, grads, entries = due.params, due.grads, due.entries
         paid: list[Entry] = []
         held: list[Tensor] = []
         for param, entry in pairs:
@@ -130,7 +131,9 @@ class Part:
                     held.append(grad)
                     continue
             elif not in_gradient or not entry.holds(grad):
-                due.add(param, grad, entry)  # the short cut of UNPAID
+                params.append(param)  # the short cut of UNPAID, and `Due.add` without a frame
+                grads.append(grad)
+                entries.append(entry)
                 continue
             if self._is_due(entry, grad, nested):
                 due.add(param, grad, entry)
