@@ -189,6 +189,13 @@ def _foreach_rounds(param: Tensor) -> bool:
     return param.is_cpu and is_low(param.dtype)
 
 
+def all_writable(grads: list[Tensor]) -> bool:
+    """Tell gradients of which every one can be changed in place."""
+    # Most are contiguous: no call for each.
+    usual = all([grad.is_contiguous() and not grad.is_inference() for grad in grads])  # noqa: C419
+    return usual or all(map(is_writable, grads))
+
+
 def is_writable(grad: Tensor) -> bool:
     """Tell a gradient that can be changed in place.
 

@@ -33,7 +33,7 @@ class Coupled(Formula):
         """Add to each gradient, times the factor of the loss."""
         assert isinstance(number, float)
         dense, sparse = due.split_sparse() if due.has_sparse() else (due, None)
-        if not (how.by_autograd or all(map(tensors.is_writable, dense.grads))):
+        if not (how.by_autograd or tensors.all_writable(dense.grads)):
             _renew_gradients(dense)
         self.add_(dense, number, how)
         for param, grad, entry in () if sparse is None else sparse:

@@ -89,6 +89,9 @@ class Deferred(Shrinking):
 
     def pay_(self, due: Due, number: Number, how: How) -> Rest | None:
         """Collect for dense parameters of low precision, and let the formula pay for all others."""
+        if not any(map(self.waits, {param.dtype for param in due.params})):
+            self._settle(due)
+            return self._formula.pay_(due, number, how)
         coarse, others = Due(due.terms), Due(due.terms)
         for param, grad, entry in due:
             waits = self.waits(param.dtype) and not grad.is_sparse
@@ -103,10 +106,12 @@ class Deferred(Shrinking):
     def _settle(self, due: Due) -> None:
         """Write what is pending of parameters that have become wide since."""
         for param, memo in zip(due.params, _memos(due), strict=True):
-            product, memo.written = memo.product, None
-            if product is not None and not self.waits(param.dtype):
-                memo.product = None
-                self.shrink_([param], [memo], product, False)
+            product = memo.product
+            if product is not None or memo.written is not None:
+                memo.written = None
+                if product is not None and not self.waits(param.dtype):
+                    memo.product = None
+                    self.shrink_([param], [memo], product, False)
 
     def _collect(self, due: Due, number: Number, how: How) -> None:
         on_device = [isinstance(memo.product, Tensor) for memo in _memos(due)]
