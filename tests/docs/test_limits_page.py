@@ -231,6 +231,17 @@ def state_of_other_targets() -> None:
     wdhook.attach(model, λ, toward=1.0, **AIMED).load_state_dict(state)
 
 
+def state_that_does_not_fit() -> None:
+    model, schedule = line(), wdhook.schedules.constant(λ)
+    with wdhook.attach(nn.Sequential(model), schedule) as decay:
+        of_others = decay.state_dict()
+    with wdhook.attach(model, schedule) as other:
+        for state in (decay.state_dict(), of_others, {**other.state_dict(), "memory": 1}):
+            with pytest.raises(wdhook.ArgumentError):
+                other.load_state_dict(state)
+        other.load_state_dict(of_others)
+
+
 def target_of_another_shape() -> None:
     model = nn.Sequential(nn.LazyLinear(1, bias=False))  # no shape yet to compare with
     anchor = wdhook.Anchor({"0.weight": torch.ones(3, 3)})
@@ -263,6 +274,7 @@ IN_CALLS: dict[str, Callable[[], object]] = {
     '`low_precision="defer"`': deferred_where_nothing_can_wait,
     "`cautious=True` with `toward=`": cautious_toward,
     "a target that is no": targets_without_meaning,
+    "a state that was taken after": state_that_does_not_fit,
     "a state with other targets": state_of_other_targets,
     "a target that has another shape": target_of_another_shape,
     "`Plan.param_groups`": groups_of_a_plan_with_targets,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from .._base.errors import ArgumentError
 from .._base.problem import Problem
+from .._base.validate import check_factor
 from .._plan.anchor import Anchor, probe
 from .._plan.decision import Decision
 from .._plan.names import plain_name
@@ -19,10 +20,20 @@ from .parameters import Known, has_values
 from .rate import NO_PROGRESS
 from .tally import Tally
 
-NOTHING: Mapping[str, Any] = {**NO_PROGRESS, "memory": (), "doses": ()}
-"""What is saved of a handle that is removed."""
+_KEYS = {*NO_PROGRESS, "memory", "doses"}
+REMOVED: Mapping[str, Any] = {**NO_PROGRESS, "memory": (), "doses": (), "removed": True}
+"""What is saved of a handle that is removed: λ alone has a meaning."""
 
-_BY_NAME = {"doses", "finished_steps", "lr_peaks", "memory", "probes", "targets", "toward"}
+_BY_NAME = {
+    "anchored",
+    "doses",
+    "finished_steps",
+    "lr_peaks",
+    "memory",
+    "probes",
+    "targets",
+    "toward",
+}
 
 
 # ------------------------------------------------------------------------------------ save, load
@@ -46,7 +57,7 @@ def load(engine: Engine, saved: Mapping[str, Any]) -> None:
     parameters = engine.state.parameters
     parameters.forget_progress()
     tracked = parameters.track_all()
-    saved = _by_present_names(saved, [name for name, *_ in tracked])
+    saved = _by_present_names(engine, saved)
     engine.state.rate.load(saved, [(name, entry) for name, _, entry in tracked])
     memos = {name: entry.memo for name, _, entry in tracked if entry.memo is not None}
     engine.memory.load(saved["memory"], saved.get("targets", {}), memos)
@@ -68,8 +79,10 @@ def complete(state: Mapping[str, Any], mode: str) -> dict[str, Any]:
     Raises:
         ArgumentError: it is not the state of a handle, or one of another mode.
     """
+    if not isinstance(state, Mapping):
+        raise ArgumentError(f"`state` is not the state of a handle.\n  got: {type(state).__name__}")
     whole = {"finished_steps": (), "memory": (), "doses": None, **state}
-    missing = {"weight_decay", "mode", *NOTHING} - set(whole)
+    missing = {"weight_decay", "mode", *_KEYS} - set(whole)
     if missing:
         raise ArgumentError(
             f"`state` is not the state of a handle.\n  missing: {', '.join(sorted(missing))}"
@@ -79,6 +92,14 @@ def complete(state: Mapping[str, Any], mode: str) -> dict[str, Any]:
             "`state` is of another mode, in which the same λ means something else.\n"
             f"  state: {whole['mode']}\n  handle: {mode}"
         )
+    check_factor(whole["weight_decay"])
+    for key in _BY_NAME & set(whole):
+        of = whole[key]
+        parts = of if isinstance(of, (tuple, list)) else [of]
+        if of is not None and not all(isinstance(part, Mapping) for part in parts):
+            raise ArgumentError(
+                f"`state` is not the state of a handle.\n  {key}: {type(of).__name__}"
+            )
     return whole
 
 
@@ -89,14 +110,24 @@ def check(engine: Engine, state: Mapping[str, Any]) -> None:
         ArgumentError: a schedule, targets, or decay that is pending, and the state or the handle
             has none of them.
     """
-    schedule = engine.state.config.schedule
-    if schedule is not None and not state["finished_steps"]:
+    schedule, formula = engine.state.config.schedule, engine.state.config.formula
+    if state.get("removed") and (schedule is not None or formula.needs_peak or formula.begins):
+        raise ArgumentError(
+            Problem(
+                "`state` was taken after remove(), or of a copy of the handle: it has λ alone, and "
+                "not how far training has come.",
+                "Take the state before remove(), or inside of `with attach(...)`",
+                {"mode": state["mode"]},
+            )
+        )
+    if schedule is not None and not any(state["finished_steps"]):
         raise ArgumentError(
             "`state` is of a handle without a schedule: it does not say how many steps were "
             "finished.\n"
             f"  weight_decay: {state['weight_decay']!r}, then; now {schedule!r}\n"
             "  Attach with the number, or do not load this state"
         )
+    _check_names(engine, state)
     _check_targets(engine, state)
     if state["memory"] and not engine.state.config.formula.remembers:
         raise ArgumentError(
@@ -106,6 +137,24 @@ def check(engine: Engine, state: Mapping[str, Any]) -> None:
                 "Call flush() before the state and the model are saved, or attach without "
                 "`cautious`",
                 {"parameters": ", ".join(state["memory"][0])},
+            )
+        )
+
+
+def _check_names(engine: Engine, state: Mapping[str, Any]) -> None:
+    """Raise where a state says how far other parameters have come, and nothing of these."""
+    present = set(engine.state.parameters.names().values())
+    saved: set[str] = set()
+    for key in ("finished_steps", "lr_peaks", "memory"):
+        for part in _by_present_names(engine, state)[key]:
+            saved |= set(part)
+    if saved and present and not saved & present:
+        raise ArgumentError(
+            Problem(
+                "`state` is of a model whose parameters have other names: none of them is here.",
+                "Attach to the model that was attached when the state was saved, or to one with "
+                "the same names",
+                {"in the state": min(saved), "in this model": min(present)},
             )
         )
 
@@ -121,8 +170,11 @@ def _targets(engine: Engine) -> dict[str, Any]:
     """What is saved of targets: all in words or numbers, first values whole, and a few of given
     ones."""
     named = _named(engine)
-    more = {"targets": engine.memory.save_targets(_firsts(named)), "probes": _probes(named)}
-    return {"toward": (_words(named),), **{key: of for key, of in more.items() if of}}
+    targets = engine.memory.save_targets(_firsts(named))
+    more = {"targets": targets, "probes": _probes(named)}
+    more = {key: of for key, of in more.items() if of}
+    # torch.distributed.checkpoint loads only the targets that a fresh state has too.
+    return {"toward": (_words(named),), "anchored": (dict.fromkeys(targets, True),), **more}
 
 
 def _named(engine: Engine) -> _Named:
@@ -164,7 +216,7 @@ def _probes(named: _Named) -> dict[str, list[float]]:
 def _check_targets(engine: Engine, state: Mapping[str, Any]) -> None:
     """Raise where decay would draw a parameter to another value than before."""
     named = _named(engine)
-    saved = _by_present_names(state, [name for name, *_ in named])
+    saved = _by_present_names(engine, state)
     before: dict[str, float | str] = (saved.get("toward") or ({},))[0]
     words, probes, now = _words(named), saved.get("probes", {}), _probes(named)
     others = []
@@ -172,13 +224,25 @@ def _check_targets(engine: Engine, state: Mapping[str, Any]) -> None:
         then, word = before.get(name, 0.0), words.get(name, 0.0)
         if then != word and not known.is_new:
             others.append(f"{name}: {then}, now {word}")
-        elif name in probes and name in now and list(probes[name]) != now[name]:
-            others.append(f"{name}: other values of the source")
+        elif name in probes and name in now and str(list(probes[name])) != str(now[name]):
+            others.append(f"{name}: other values of the source")  # as text: nan is nan
+    anchored: dict[str, bool] = (saved.get("anchored") or ({},))[0]
+    lost = [name for name in anchored if name not in saved.get("targets", {})]
+    if lost:
+        raise ArgumentError(
+            Problem(
+                "`state` has lost values before the first update: a checkpoint was loaded into a "
+                "state without a place for them, as that of a parameter that is frozen.",
+                "Load the checkpoint while the parameters are trained that had been trained",
+                {"parameters": ", ".join(lost[:3])},
+                tuple(lost),
+            )
+        )
     if others:
         raise ArgumentError(
             Problem(
                 "`state` is of other targets: decay would draw parameters to other values than "
-                "before. (A state that was taken after remove() has none.)",
+                "before.",
                 "Attach with the same `toward`, or do not load this state",
                 {"parameters": f"{len(others)}, first {others[0]}"},
             )
@@ -188,17 +252,13 @@ def _check_targets(engine: Engine, state: Mapping[str, Any]) -> None:
 # ----------------------------------------------------------------------------------------- names
 
 
-def _by_present_names(saved: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """A state by the names of a model that may be wrapped or parametrized otherwise than the one
-    that was saved."""
-    present = set(names)
-    plain = {plain_name(name): name for name in present}
+def _by_present_names(engine: Engine, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A state by the names of a model that may be wrapped, tied or parametrized otherwise than the
+    one that was saved."""
+    present = engine.state.parameters.aliases()
 
     def renamed(of: Mapping[str, Any]) -> dict[str, Any]:
-        def now(name: str) -> str:
-            return name if name in present else plain.get(plain_name(name), name)
-
-        return {now(name): value for name, value in of.items()}
+        return {_present(name, present): value for name, value in of.items()}
 
     changed = dict(saved)
     for key in _BY_NAME & set(saved):
@@ -207,3 +267,8 @@ def _by_present_names(saved: Mapping[str, Any], names: Iterable[str]) -> dict[st
             is_several = isinstance(of, (tuple, list))
             changed[key] = tuple(map(renamed, of)) if is_several else renamed(of)
     return changed
+
+
+def _present(name: str, present: Mapping[str, str]) -> str:
+    plain = plain_name(name)
+    return present.get(name) or present.get(plain) or plain

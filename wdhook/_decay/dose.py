@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .._plan.names import plain_name
 from .engine import Engine
 from .entry import Entry
 from .tally import Tally
@@ -174,7 +175,7 @@ def _trained_weights(engine: Engine) -> Iterator[tuple[str, float, Tally]]:
         progress = known.progress if entry is None else entry.progress
         tally = None if progress is None else progress.tally
         if tally is None:
-            tally = engine.tallies.waiting(known.decision.name) or _NEVER_COUNTED
+            tally = engine.tallies.waiting(plain_name(known.decision.name)) or _NEVER_COUNTED
         if entry is not None and _is_unheard(entry):
             tally = _UNKNOWN
         yield found.name, state.rate.weight_decay_of(known.decision, entry), tally

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .._plan.decision import Decision
+from .._plan.names import plain_name
 from .._plan.plan import Plan
 from .config import Config
 from .entry import Due, Entry, Progress
@@ -172,7 +173,7 @@ class Engine:
         else:
             entry = Entry(decision.name, own, self._unowned)
         self.state.rate.recall_peak(entry)
-        entry.progress.tally = self.tallies.recall(entry.name)
+        entry.progress.tally = self.tallies.recall(plain_name(entry.name))
         if progress is not None:
             entry.resume(progress)
         if config.formula.remembers and entry.memo is None:

@@ -225,7 +225,7 @@ a mild pull toward zero
         With ``toward="init"`` also ``targets``: name → the values before the first update, tensors
         that are not copied.
         """
-        progress = checkpoint.NOTHING if self._engine is None else checkpoint.save(self._engine)
+        progress = checkpoint.REMOVED if self._engine is None else checkpoint.save(self._engine)
         return {"weight_decay": self.weight_decay, "mode": self.mode, **progress}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

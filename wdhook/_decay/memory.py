@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._plan.anchor import Anchor
 from .._plan.decision import Decision
+from .._plan.names import plain_name
 from .tensors import Number
 
 
@@ -83,8 +84,9 @@ class Memory:
     def new_memo(self, decision: Decision) -> Memo:
         """A memo for a parameter that is met, with what was saved of it."""
         memo = Memo(decision)
-        memo.load(self._saved.pop(decision.name, {}))
-        memo.take(self._targets.pop(decision.name, None))
+        name = plain_name(decision.name)
+        memo.load(self._saved.pop(name, {}))
+        memo.take(self._targets.pop(name, None))
         return memo
 
     def save(self, memos: Mapping[str, Memo]) -> tuple[dict[str, Any], ...]:
@@ -113,4 +115,4 @@ class Memory:
 
     def save_targets(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of the parameters that are known, and those that were loaded for others."""
-        return {**found, **self._targets}
+        return {**self._targets, **found}

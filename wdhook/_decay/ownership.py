@@ -295,19 +295,22 @@ class Optimizers:
         optimizer."""
         blind = zeroes_by_foreach(optimizer)
         own = weakref.ref(optimizer), index
-        new_peak = Peak(shared=True)
+        # Of each peak so far a new one for this group: from now on their learning rates may differ.
+        peaks: dict[int, Peak] = {}
         buckets: dict[Any, Bucket] = {}
         lent: dict[Any, Terms] = {}
         for param, entry in pairs:
             entry.move(view.clock)
             entry.blind = blind and hasattr(param, "to_local")
-            if entry.peak.value is None and not entry.peak.shared:
-                entry.peak = new_peak
+            others = self._belongs_to_given(entry, optimizer)
+            if not others or entry.peak.value is None:
+                new = Peak(entry.peak.value, shared=True)
+                entry.peak = peaks.setdefault(id(entry.peak), new)
             key = (*Terms.key(own, entry, param), id(entry.progress.tally))
             if key not in buckets:
                 buckets[key] = Terms(view.clock, own, entry, param), []
             buckets[key][1].append((param, entry))
-            if self._belongs_to_given(entry, optimizer):
+            if others:
                 continue
             entry.terms = buckets[key][0]
             lender = self._lenders.get(id(param))

@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 from .._base.torch_private import has_hook, is_storage_of, storage_of
 from .._plan.anchor import Anchor
 from .._plan.decision import Decision
-from .._plan.names import former_name, plain_names
+from .._plan.names import former_name, plain_name, plain_names
 from .._plan.plan import Plan
 from .._plan.renames import inherited
 from .._roles.marks import bare_name, is_flattened
@@ -219,7 +219,9 @@ class Parameters:
         gone = [known for known in self._known.values() if id(known) not in taken]
         places = {(id(module), k.local): k for k in gone if (module := k.module()) is not None}
         names = {known.decision.name: known for known in gone}
-        undone = renamed | {former_name(name): known for name, known in names.items()}
+        # Of several tensors with one former name, the one that carries the weight.
+        carriers = sorted(names.values(), key=lambda known: known.decision.eligible)
+        undone = renamed | {former_name(known.decision.name): known for known in carriers}
         newer: Plan | None = None
         # Ids of progress that a tensor has, or has inherited.
         heirs = {id(known.progress) for known in renamed.values()}
@@ -238,7 +240,7 @@ class Parameters:
                 result[id(one.param)] = Known(newer[one.name], one, is_new=True)
                 continue
             decision = inherited(newer[one.name], old.decision)
-            progress = old.progress
+            progress = old.progress if decision.eligible else None
             if progress is not None and id(progress) in heirs:
                 progress = progress.copy()  # weight_norm makes two tensors of one
             heirs.add(id(progress))
@@ -325,6 +327,16 @@ class Parameters:
         if terms is None:
             terms = self._unowned_terms[key] = Terms(entry.clock, None, entry, param)
         return terms
+
+    def aliases(self) -> dict[str, str]:
+        """Any plain name of a parameter → its name in checkpoints."""
+        names = self.names()
+        present = {name: name for name in names.values()}
+        for key, name in names.items():
+            known = self._known.get(key)
+            for alias in () if known is None else known.decision.aliases:
+                present.setdefault(plain_name(alias), name)
+        return present
 
     def progress(self) -> dict[str, Progress]:
         """How far each decayed parameter has come, by its name in checkpoints."""

@@ -14,6 +14,7 @@ from .._base.errors import LearningRateError
 from .._base.problem import Problem
 from .._base.validate import check_factor, is_number
 from .._plan.decision import Decision
+from .._plan.names import plain_name
 from ..schedules import Schedule
 from .entry import Entry, Peak, Progress, Terms
 from .formulas import Formula, Rates
@@ -98,6 +99,11 @@ class Rate:
         peak = self._raise_peak(terms, known[1], lr) if formula.needs_peak and known else None
         return Rates(terms.weight_decay, lr, peak, sign, terms.dtype)
 
+    def note_peak(self, terms: Terms, formula: Formula) -> None:
+        """Note the learning rate of a step at which λ is 0."""
+        if formula.needs_peak:
+            self.of(terms, formula)
+
     def _learning_rate(self, group: Mapping[str, Any] | None, formula: Formula) -> Number | None:
         if group is not None:
             return check_lr(learning_rate(group, self._lr), group)
@@ -126,14 +132,15 @@ class Rate:
         before = [clock.finished]
         for entry in entries:
             before.append(entry.clock.finished)
-            before.append(self._saved_steps.pop(entry.name, 0))
+            before.append(self._saved_steps.pop(plain_name(entry.name), 0))
         clock.finished = max(before)
         self._follow(clock)
 
     def recall_peak(self, entry: Entry) -> None:
         """Give a parameter that is met the peak that was saved under its name."""
-        if entry.name in self._saved_peaks:
-            entry.peak = Peak(self._saved_peaks.pop(entry.name))
+        name = plain_name(entry.name)
+        if name in self._saved_peaks:
+            entry.peak = Peak(self._saved_peaks.pop(name))
 
     def save(self, progress: Mapping[str, Progress]) -> dict[str, Any]:
         """``lr_peaks``: parameter → lr; ``finished_steps``: parameter → steps of its optimizer.

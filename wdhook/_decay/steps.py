@@ -97,10 +97,12 @@ class Part:
         inside = nested and not evaluated
         dues = []
         for bucket in self.view.all_buckets():
-            if bucket[0].weight_decay:
-                due = self._due(bucket, inside)
-                if due.params:
-                    dues.append(due)
+            if not bucket[0].weight_decay:
+                self.engine.state.rate.note_peak(bucket[0], self.engine.state.config.formula)
+                continue
+            due = self._due(bucket, inside)
+            if due.params:
+                dues.append(due)
         if not dues or self.was_skipped():
             return
         for due in dues:

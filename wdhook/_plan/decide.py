@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +19,7 @@ from .._roles.verdict import DECAYED_ROLES, Verdict
 from .._roles.vocabulary import Role
 from .arguments import audit_with, check_audit, check_sources, check_weight_decay
 from .decision import Decision
-from .overrides import Candidate, Overrides, apply_overrides
+from .overrides import Candidate, Overrides, apply_overrides, weakly
 from .plan import Plan
 from .recipes import Recipe, follow
 from .targets import Toward, aim
@@ -103,8 +103,21 @@ def decide(
         _aim(model, decisions, toward, strict)
     _refuse_flattened(model, decisions)
     _refuse_overflow(model, decisions)
-    again = partial(decide, overrides=overrides, recipe=recipe, toward=toward, strict=False)
+    again = partial(
+        _decide_again, overrides=weakly(overrides), recipe=recipe, toward=weakly(toward)
+    )
     return Plan(value, decisions, model, again)
+
+
+def _decide_again(
+    model: nn.Module,
+    weight_decay: float,
+    overrides: Callable[[], Any],
+    recipe: Recipe | None,
+    toward: Callable[[], Any],
+) -> Plan:
+    """A plan of a model that has changed, by the rules of the first one."""
+    return decide(model, weight_decay, overrides(), recipe, strict=False, toward=toward())
 
 
 def param_groups(

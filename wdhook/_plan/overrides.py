@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -62,6 +64,27 @@ def apply_overrides(
         λ = _absolute(given, label)
         for name in names:
             yield name, λ, f"override {label}"
+
+
+def weakly(rules: Any) -> Callable[[], Any]:
+    """The rules as they are now, for later: a mapping is copied, and its selectors do not keep
+    modules of the model alive."""
+    if not isinstance(rules, Mapping):
+        return lambda: rules
+    pairs = [
+        (weakref.ref(selector) if isinstance(selector, nn.Module) else partial(_same, selector), of)
+        for selector, of in rules.items()
+    ]
+
+    def living() -> dict[Any, Any]:
+        found = ((get(), of) for get, of in pairs)
+        return {selector: of for selector, of in found if selector is not None}
+
+    return living
+
+
+def _same(selector: Any) -> Any:
+    return selector
 
 
 def selected(
