@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from processes import Group
-from sharded import assert_whole_is_close, blocks, needs_dtensor, shard, whole_state
+from sharded import (
+    Trainer,
+    assert_whole_is_close,
+    blocks,
+    needs_dtensor,
+    parallel,
+    shard,
+    tower,
+    whole_state,
+)
 from torch import nn
 from torch.distributed import checkpoint
 from twins import LR, assert_bit_equal, λ
@@ -60,6 +70,31 @@ def _sharded(mode: str, at: str, kind: str, late: bool) -> None:
 def test_sharded(mode: str, at: str, kind: str, late: bool, two: Group) -> None:
     """FSDP2: each rank draws its shards to its shards of the target."""
     two(_sharded, mode, at, kind, late)
+
+
+def _parallel(style: str, mode: str, at: str, kind: str) -> None:
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    source = tower()
+    with torch.no_grad():
+        for p in source.parameters():
+            p.add_(0.5)
+    toward = {"number": 1.0, "init": "init", "given": wdhook.Anchor(source)}[kind]
+    trained = []
+    for make in (partial(parallel, style, mesh), nn.Module.train):
+        model: Any = make(tower())
+        optimizer, decay = _attach(model, mode, at, toward)
+        with decay:
+            Trainer().play(model, optimizer)
+        trained.append(model)
+    assert_whole_is_close(*trained)
+
+
+@pytest.mark.parametrize("kind", ["number", "init", "given"])
+@pytest.mark.parametrize("style", ["columns and rows", "sequence", "replicated"])
+@pytest.mark.parametrize(("mode", "at"), [("coupled", "step"), ("decoupled", "step")])
+def test_tensor_parallel(mode: str, at: str, style: str, kind: str, two: Group) -> None:
+    """Sharded, replicated and plain parameters, and gradients that are partial sums."""
+    two(_parallel, style, mode, at, kind)
 
 
 def _resumed(folder: str) -> None:
