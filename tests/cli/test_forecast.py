@@ -141,7 +141,7 @@ def test_decay_that_does_nothing(doctor: Callable[..., Any]) -> None:
     status, text = doctor(fine_tuning, *DECOUPLED)
     assert status == 0
     assert "dose of 3,000 optimizer steps (LinearLR: a step for each of them):" in text
-    assert "λ 0.01, lr 2e-05, 2 weights: 0.0003; decay alone leaves 99.97 %" in text
+    assert "λ 0.01, lr 2e-5, 2 weights: 0.0003; decay alone leaves 99.97 %" in text
     assert "note: Decay has no effect in 3,000 steps" in text
     assert "λ = 3.3 would leave 90.5 %; λ = 33 would leave 36.8 %" in " ".join(text.split())
     assert "docs/how-much.md" in text

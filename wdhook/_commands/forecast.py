@@ -14,6 +14,7 @@ from torch.optim import SGD
 
 from .._base.errors import LearningRateError
 from .._base.problem import Problem
+from .._base.text import short
 from .._decay.dose import percent, reading
 from .._decay.engine import Engine
 from .._decay.formulas import Formula, Rates
@@ -350,11 +351,11 @@ def _sentence(strand: Strand, steps: int) -> str:
     """One line of the forecast."""
     number = len(strand.names)
     whose = strand.names[0] if number == 1 else counted(number, "weight")
-    text = f"λ {strand.weight_decay:g}"
+    text = f"λ {short(strand.weight_decay)}"
     if strand.lr is not None:
-        text += f", lr {strand.lr:g}"
+        text += f", lr {short(strand.lr)}"
         if strand.largest_lr != strand.lr:
-            text += f" (at most {strand.largest_lr:g})"
+            text += f" (at most {short(strand.largest_lr)})"
     if strand.dose is None:
         return f"{text}, {whose}: not known: {strand.why}"
     text += f", {whose}: {strand.dose:.2g}; decay alone leaves {percent(strand.dose)}"
@@ -383,9 +384,9 @@ def _without_effect(strand: Strand, steps: int) -> Finding:
         "from scratch begins; fine-tuning is rarely meant to forget that much). "
         "docs/how-much.md says which λ to take"
     )
-    facts: dict[str, object] = {"dose": f"{strand.dose:.2g}", "λ": f"{strand.weight_decay:g}"}
+    facts: dict[str, object] = {"dose": f"{strand.dose:.2g}", "λ": short(strand.weight_decay)}
     if strand.largest_lr is not None:
-        facts["largest lr"] = f"{strand.largest_lr:g}"
+        facts["largest lr"] = short(strand.largest_lr)
     return Finding("note", "dose", Problem(what, fix, facts, tuple(strand.names)))
 
 

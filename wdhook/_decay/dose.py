@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .._base.text import short
 from .._plan.names import plain_name
 from .engine import Engine
 from .entry import Entry
@@ -62,7 +63,7 @@ class DoseClass:
 
     def __str__(self) -> str:
         number = len(self.parameters)
-        whose = f"λ {self.weight_decay:g}, {number} {'weight' if number == 1 else 'weights'}"
+        whose = f"λ {short(self.weight_decay)}, {number} {'weight' if number == 1 else 'weights'}"
         if self.dose is None:
             return f"{whose}: not known"
         left = f"decay alone leaves {percent(self.dose)}"
