@@ -354,7 +354,7 @@ def _sentence(strand: Strand, steps: int) -> str:
     text = f"λ {short(strand.weight_decay)}"
     if strand.lr is not None:
         text += f", lr {short(strand.lr)}"
-        if strand.largest_lr != strand.lr:
+        if strand.largest_lr is not None and strand.largest_lr != strand.lr:
             text += f" (at most {short(strand.largest_lr)})"
     if strand.dose is None:
         return f"{text}, {whose}: not known: {strand.why}"
