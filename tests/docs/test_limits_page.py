@@ -538,6 +538,30 @@ def _replaced_step() -> None:
             wdhook.attach(model, λ, at="step", optimizer=optimizer)
 
 
+@statement("A parameter that several optimizers step, under a schedule of λ")
+def _two_counts() -> None:
+    schedule, found = wdhook.schedules.linear(0.0, 0.8, 8), []
+    for resumes in (False, True):
+        model = line()
+        often, seldom = sgd(model), sgd(model)
+        decay = wdhook.attach(model, schedule, at="step")
+        for optimizer in (seldom, often, often, often):
+            optimizer.zero_grad()
+            model(X).sum().backward()
+            optimizer.step()
+        if resumes:
+            state = decay.state_dict()
+            decay.remove()
+            decay = wdhook.attach(model, schedule, at="step")
+            decay.load_state_dict(state)
+        seldom.zero_grad()
+        model(X).sum().backward()
+        seldom.step()
+        found.append(decay.weight_decay)
+        decay.remove()
+    assert found == [schedule(2), schedule(5)]
+
+
 @statement("Several threads in backward on one model at once")
 def _in_turn() -> None:
     # That it fails when threads do not take turns is a matter of chance, and no test.
