@@ -197,8 +197,9 @@ def test_decay_of_the_optimizer_itself(doctor: Callable[..., Any]) -> None:
     assert "param_groups[0]: 2 tensors: 1; decay alone leaves 36.6 %" in text
     _, text = doctor(own(Adam), "--steps", "1000")
     assert "not known: under Adam coupled decay has no dose" in text
-    _, text = doctor(own(torch.optim.Adafactor), "--steps", "1000")
-    assert "not known: its formula of decay is not known" in text
+    if hasattr(torch.optim, "Adafactor"):  # since torch 2.5
+        _, text = doctor(own(torch.optim.Adafactor), "--steps", "1000")
+        assert "not known: its formula of decay is not known" in text
 
 
 def test_schedulers_that_cannot_be_followed(doctor: Callable[..., Any]) -> None:

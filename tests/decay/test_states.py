@@ -127,6 +127,27 @@ def test_progress_goes_to_the_tensor_that_carries_the_weight() -> None:
     decay.remove()
 
 
+def test_back_to_a_state_of_before_the_model_was_cut() -> None:
+    """Names have passed on to other tensors since: each tensor goes back by itself."""
+    model = tower(3)
+    optimizer = SGD(
+        [{"params": layer.parameters(), "lr": 0.1 * (i + 1)} for i, layer in enumerate(model)],
+        lr=0.1,
+    )
+    decay = wdhook.attach(model, wdhook.schedules.linear(0.1, 1.0, steps=10), **HOW)
+    zero_step(model, optimizer)
+    state = decay.state_dict()
+    for group in optimizer.param_groups:
+        group["lr"] *= 10
+    model.insert(0, nn.Linear(3, 3, bias=False))
+    zero_step(model, optimizer)
+    decay.load_state_dict(state)
+    peaks = decay.state_dict()["lr_peaks"][0]
+    assert peaks == pytest.approx({"1.weight": 0.1, "2.weight": 0.2, "3.weight": 0.3})
+    assert decay.state_dict()["finished_steps"][0]["3.weight"] == 1
+    decay.remove()
+
+
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_a_layer_that_joins_after_the_load(wrapped: bool) -> None:
     """It goes on where it was when the state was saved, also in a wrapped model."""

@@ -34,6 +34,7 @@ _BY_NAME = {
     "targets",
     "toward",
 }
+_PROGRESS = ("finished_steps", "lr_peaks", "memory", "doses")
 
 
 # ------------------------------------------------------------------------------------ save, load
@@ -49,7 +50,9 @@ def save(engine: Engine) -> dict[str, Any]:
         "memory": engine.memory.save(memos),
         "doses": engine.tallies.save(tallies),
     }
-    return saved | (_targets(engine) if engine.state.config.formula.begins else {})
+    saved |= _targets(engine) if engine.state.config.formula.begins else {}
+    decided = {name: then for name, then in _decided_names(engine).items() if name != then}
+    return saved | ({"decided": (decided,)} if decided else {})
 
 
 def load(engine: Engine, saved: Mapping[str, Any]) -> None:
@@ -255,7 +258,7 @@ def _check_targets(engine: Engine, state: Mapping[str, Any]) -> None:
 def _by_present_names(engine: Engine, saved: Mapping[str, Any]) -> dict[str, Any]:
     """A state by the names of a model that may be wrapped, tied or parametrized otherwise than the
     one that was saved."""
-    present = engine.state.parameters.aliases()
+    present = _of_before(engine, saved) or engine.state.parameters.aliases()
 
     def renamed(of: Mapping[str, Any]) -> dict[str, Any]:
         return {_present(name, present): value for name, value in of.items()}
@@ -267,6 +270,26 @@ def _by_present_names(engine: Engine, saved: Mapping[str, Any]) -> dict[str, Any
             is_several = isinstance(of, (tuple, list))
             changed[key] = tuple(map(renamed, of)) if is_several else renamed(of)
     return changed
+
+
+def _decided_names(engine: Engine) -> dict[str, str]:
+    """Name now → name that was decided, of the decayed tensors that `attach` has seen."""
+    return {
+        name: plain_name(known.decision.name)
+        for name, _, known in _named(engine)
+        if not known.is_new
+    }
+
+
+def _of_before(engine: Engine, saved: Mapping[str, Any]) -> dict[str, str] | None:
+    """Saved name → name now, for a state of before the model was cut: names have passed on to other
+    tensors since, and what was decided has not. None for any other state."""
+    then = {plain_name(name) for key in _PROGRESS for part in saved[key] or () for name in part}
+    decided = _decided_names(engine)
+    renamed: dict[str, str] = (saved.get("decided") or ({},))[0]
+    now = {before: name for name, before in decided.items()}
+    is_cut = then != set(decided) and {renamed.get(name, name) for name in then} == set(now)
+    return {name: now[renamed.get(name, name)] for name in then} if is_cut else None
 
 
 def _present(name: str, present: Mapping[str, str]) -> str:
