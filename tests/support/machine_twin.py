@@ -33,7 +33,7 @@ class Account:
         False  # the decay was zeroed away in place, and no gradient came since: nobody can see that
     )
     changed: bool = False  # somebody changed the gradient in place since it was decayed
-    payments: int = 0  # in this window, into whatever buffers
+    payments: int = 0  # in this window, into whatever buffers, less those zeroed in place
 
 
 class Twin(World):
@@ -156,13 +156,14 @@ class Twin(World):
                 for name in suspects:
                     account = self.accounts[name]
                     if account.lost:
-                        account.payments = 0
+                        account.payments -= 1
                     account.changed = False
                     account.paid, account.lost = account.paid and not account.lost, False
                 if len(suspects) == 1:
                     self.warn("alone", *suspects)
                     alone = self.accounts[suspects.pop()]
-                    alone.inside, alone.payments = False, 0
+                    alone.inside = False
+                    alone.payments -= 1
         for name in names:
             self.receive(name, raised)
 
