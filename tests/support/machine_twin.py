@@ -113,6 +113,7 @@ class Twin(World):
         """Decay by hand."""
         account, param, λ = self.accounts[name], self.params()[name], self.rate(name)
         if not λ:
+            self.note_peak(name, index)
             return
         with torch.no_grad():
             if self.config.mode == "coupled":
@@ -122,6 +123,11 @@ class Twin(World):
         account.paid = True
         account.payments += 1
         account.inside = self.config.mode == "coupled"
+
+    def note_peak(self, name: str, index: int) -> None:
+        """A step with a λ of 0 has a learning rate all the same."""
+        if self.config.mode == "independent":
+            self.strength(name, index)
 
     def sign(self, index: int, name: str) -> float:
         """The sign of coupled decay: an optimizer that maximizes negates the gradient."""
@@ -246,6 +252,9 @@ class Twin(World):
                 self.warn("again", name)
         due, params, read = self.due(index), self.params(), self.read(index)
         old = {name: params[name].detach().clone() for name in due}
+        for name in self.places[index]:
+            if self.awake(name) and self.eligible(name) and not self.rate(name):
+                self.note_peak(name, index)
         for name in due:
             if own:
                 self.group(index, name)["weight_decay"] = self.rate(name)

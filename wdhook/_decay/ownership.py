@@ -4,7 +4,8 @@ terms."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from operator import is_
 from typing import Any
@@ -243,8 +244,10 @@ class Optimizers:
         entries = [self._entries_of(params, decided, view) for params in own]
         if not view.changes:
             self._rate.meet(view.clock, [entry for pairs in entries for _, entry in pairs])
+        held = Counter(id(entry.peak) for entry in self._parameters.entries())
         view.buckets = [
-            self._buckets(view, optimizer, index, pairs) for index, pairs in enumerate(entries)
+            self._buckets(view, optimizer, index, pairs, held)
+            for index, pairs in enumerate(entries)
         ]
         governed = self._parameters.governed()
         decayed = [p for p in wrapped if id(p) in governed]
@@ -290,13 +293,22 @@ class Optimizers:
             view.loans.append(loan)
             yield loan.part, entry
 
-    def _buckets(self, view: View, optimizer: Any, index: int, pairs: list[Pair]) -> list[Bucket]:
+    def _buckets(
+        self, view: View, optimizer: Any, index: int, pairs: list[Pair], held: Mapping[int, int]
+    ) -> list[Bucket]:
         """The decayed parameters of one group, by terms; each goes over to the clock of the
-        optimizer."""
+        optimizer.
+
+        Args:
+            view: of the optimizer.
+            optimizer: whose group it is.
+            index: of the group.
+            pairs: the parameters, with their entries.
+            held: id of a peak → how many parameters have it.
+        """
         blind = zeroes_by_foreach(optimizer)
         own = weakref.ref(optimizer), index
-        # Of each peak so far a new one for this group: from now on their learning rates may differ.
-        peaks: dict[int, Peak] = {}
+        peaks = _peaks(pairs, held)
         buckets: dict[Any, Bucket] = {}
         lent: dict[Any, Terms] = {}
         for param, entry in pairs:
@@ -304,8 +316,7 @@ class Optimizers:
             entry.blind = blind and hasattr(param, "to_local")
             others = self._belongs_to_given(entry, optimizer)
             if not others or entry.peak.value is None:
-                new = Peak(entry.peak.value, shared=True)
-                entry.peak = peaks.setdefault(id(entry.peak), new)
+                entry.peak = peaks[id(entry.peak)]
             key = (*Terms.key(own, entry, param), id(entry.progress.tally))
             if key not in buckets:
                 buckets[key] = Terms(view.clock, own, entry, param), []
@@ -352,3 +363,16 @@ class Optimizers:
         for param, entry in orphans:
             entry.move(clock)
             entry.terms = self._parameters.unowned_terms(entry, param)
+
+
+def _peaks(pairs: list[Pair], held: Mapping[int, int]) -> dict[int, Peak]:
+    """id of a peak so far → the one of a param group from now on: a new one of the same value,
+    where parameters of others have that peak too."""
+    mine = Counter(id(entry.peak) for _, entry in pairs)
+    peaks: dict[int, Peak] = {}
+    for _, entry in pairs:
+        peak, key = entry.peak, id(entry.peak)
+        if key not in peaks:
+            parts = held[key] > mine[key] or not peak.shared
+            peaks[key] = Peak(peak.value, shared=True) if parts else peak
+    return peaks
