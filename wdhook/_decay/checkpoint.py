@@ -11,10 +11,9 @@ from .._base.errors import ArgumentError
 from .._base.problem import Problem
 from .._base.validate import check_factor
 from .._plan.anchor import Anchor, probe
-from .._plan.decision import Decision
 from .._plan.names import plain_name
 from .engine import Engine
-from .formulas import kept
+from .formulas import first_values
 from .memory import Memo
 from .parameters import Known, has_values
 from .rate import NO_PROGRESS
@@ -56,11 +55,15 @@ def save(engine: Engine) -> dict[str, Any]:
 
 
 def load(engine: Engine, saved: Mapping[str, Any]) -> None:
-    """Undo of `save`, and of the λ that a schedule has given since."""
+    """Undo of `save`, and of the λ that a schedule has given since.
+
+    Args:
+        engine: of the handle.
+        saved: a state that was `checked`.
+    """
     parameters = engine.state.parameters
     parameters.forget_progress()
     tracked = parameters.track_all()
-    saved = _by_present_names(engine, saved)
     engine.state.rate.load(saved, [(name, entry) for name, _, entry in tracked])
     memos = {name: entry.memo for name, _, entry in tracked if entry.memo is not None}
     engine.memory.load(saved["memory"], saved.get("targets", {}), memos)
@@ -106,8 +109,8 @@ def complete(state: Mapping[str, Any], mode: str) -> dict[str, Any]:
     return whole
 
 
-def check(engine: Engine, state: Mapping[str, Any]) -> None:
-    """Raise for a state with which training would not go on as it did.
+def checked(engine: Engine, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole state by the names that parameters have now, if training can go on with it.
 
     Raises:
         ArgumentError: a schedule, targets, or decay that is pending, and the state or the handle
@@ -130,8 +133,10 @@ def check(engine: Engine, state: Mapping[str, Any]) -> None:
             f"  weight_decay: {state['weight_decay']!r}, then; now {schedule!r}\n"
             "  Attach with the number, or do not load this state"
         )
-    _check_names(engine, state)
-    _check_targets(engine, state)
+    by_name = _by_present_names(engine, state)
+    _check_names(engine, by_name)
+    _check_anchored(by_name)
+    _check_targets(engine, by_name)
     if state["memory"] and not engine.state.config.formula.remembers:
         raise ArgumentError(
             Problem(
@@ -142,6 +147,7 @@ def check(engine: Engine, state: Mapping[str, Any]) -> None:
                 {"parameters": ", ".join(state["memory"][0])},
             )
         )
+    return by_name
 
 
 def _check_names(engine: Engine, state: Mapping[str, Any]) -> None:
@@ -149,7 +155,7 @@ def _check_names(engine: Engine, state: Mapping[str, Any]) -> None:
     present = set(engine.state.parameters.names().values())
     saved: set[str] = set()
     for key in ("finished_steps", "lr_peaks", "memory"):
-        for part in _by_present_names(engine, state)[key]:
+        for part in state[key]:
             saved |= set(part)
     if saved and present and not saved & present:
         raise ArgumentError(
@@ -188,11 +194,7 @@ def _named(engine: Engine) -> _Named:
 
 def _words(named: _Named) -> dict[str, float | str]:
     """Name → target, of those that are not drawn to 0."""
-    return {name: _word(known.decision) for name, _, known in named if known.decision.toward}
-
-
-def _word(decision: Decision) -> float | str:
-    return decision.toward if isinstance(decision.toward, float) else str(decision.toward)
+    return {name: known.decision.aim for name, _, known in named if known.decision.toward}
 
 
 def _firsts(named: _Named) -> dict[str, Tensor]:
@@ -206,7 +208,7 @@ def _firsts(named: _Named) -> dict[str, Tensor]:
             firsts[name] = memo.target
         elif memo.waits and param.requires_grad and has_values(param):
             assert isinstance(memo.toward, Anchor)
-            firsts[name] = kept(param, memo.toward)
+            firsts[name] = first_values(param, memo.toward)
     return firsts
 
 
@@ -216,21 +218,10 @@ def _probes(named: _Named) -> dict[str, list[float]]:
     return {name: few for name, of in given.items() if of is not None and (few := probe(of))}
 
 
-def _check_targets(engine: Engine, state: Mapping[str, Any]) -> None:
-    """Raise where decay would draw a parameter to another value than before."""
-    named = _named(engine)
-    saved = _by_present_names(engine, state)
-    before: dict[str, float | str] = (saved.get("toward") or ({},))[0]
-    words, probes, now = _words(named), saved.get("probes", {}), _probes(named)
-    others = []
-    for name, _, known in named:
-        then, word = before.get(name, 0.0), words.get(name, 0.0)
-        if then != word and not known.is_new:
-            others.append(f"{name}: {then}, now {word}")
-        elif name in probes and name in now and str(list(probes[name])) != str(now[name]):
-            others.append(f"{name}: other values of the source")  # as text: nan is nan
-    anchored: dict[str, bool] = (saved.get("anchored") or ({},))[0]
-    lost = [name for name in anchored if name not in saved.get("targets", {})]
+def _check_anchored(state: Mapping[str, Any]) -> None:
+    """Raise where first values were saved and are no longer in the state."""
+    anchored: dict[str, bool] = (state.get("anchored") or ({},))[0]
+    lost = [name for name in anchored if name not in state.get("targets", {})]
     if lost:
         raise ArgumentError(
             Problem(
@@ -241,6 +232,20 @@ def _check_targets(engine: Engine, state: Mapping[str, Any]) -> None:
                 tuple(lost),
             )
         )
+
+
+def _check_targets(engine: Engine, state: Mapping[str, Any]) -> None:
+    """Raise where decay would draw a parameter to another value than before."""
+    named = _named(engine)
+    before: dict[str, float | str] = (state.get("toward") or ({},))[0]
+    words, probes, now = _words(named), state.get("probes", {}), _probes(named)
+    others = []
+    for name, _, known in named:
+        then, word = before.get(name, 0.0), words.get(name, 0.0)
+        if then != word and not known.is_new:
+            others.append(f"{name}: {then}, now {word}")
+        elif name in probes and name in now and str(list(probes[name])) != str(now[name]):
+            others.append(f"{name}: other values of the source")  # as text: nan is nan
     if others:
         raise ArgumentError(
             Problem(

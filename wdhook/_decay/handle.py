@@ -237,7 +237,7 @@ a mild pull toward zero
         """
         state = checkpoint.complete(state, self.mode)
         if self._engine is not None:
-            checkpoint.check(self._engine, state)
+            state = checkpoint.checked(self._engine, state)
         self._set(check_factor(state["weight_decay"]))
         if self._engine is not None:
             checkpoint.load(self._engine, state)

@@ -49,9 +49,14 @@ class Decision:
         return self.follows or self.weight_decay > 0
 
     @property
+    def aim(self) -> float | str:
+        """`toward` as plain data: a number, or an anchor in a word."""
+        return self.toward if isinstance(self.toward, float) else str(self.toward)
+
+    @property
     def target(self) -> str:
         """`toward` in a word."""
-        return f"{self.toward:g}" if isinstance(self.toward, float) else str(self.toward)
+        return f"{self.aim:g}" if isinstance(self.aim, float) else self.aim
 
     @property
     def given(self) -> Tensor | None:
@@ -74,5 +79,5 @@ class Decision:
             "follows": self.follows,
             "trainable": self.trainable,
             "aliases": list(self.aliases),
-            "toward": self.toward if isinstance(self.toward, float) else str(self.toward),
+            "toward": self.aim,
         }

@@ -14,7 +14,7 @@ from .coupled import Coupled
 from .decoupled import Decoupled
 from .deferred import Deferred
 from .independent import Independent
-from .toward import kept, toward_targets
+from .toward import first_values, shares_memory, toward_targets
 
 FORMULAS: dict[str, Formula] = {
     formula.name: formula for formula in (Coupled(), Decoupled(), Independent(), Corrected())
@@ -38,4 +38,13 @@ def compose(
     return Cautious(formula) if cautious else Deferred(formula, defers)
 
 
-__all__ = ["FORMULAS", "Formula", "How", "Rates", "Rest", "compose", "kept"]
+__all__ = [
+    "FORMULAS",
+    "Formula",
+    "How",
+    "Rates",
+    "Rest",
+    "compose",
+    "first_values",
+    "shares_memory",
+]

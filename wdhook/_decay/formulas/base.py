@@ -180,3 +180,17 @@ class Shrinking(Formula):
             foreach: as in torch.optim.
         """
         tensors.mul_all_(params, by, tensors.use_foreach(foreach, params))
+
+
+class Wrapping(Formula):
+    """A formula around another one, which says how much.
+
+    Args:
+        formula: the one inside.
+    """
+
+    def __init__(self, formula: Shrinking) -> None:
+        self._formula = formula
+        self.name = formula.name
+        self.factor = formula.factor
+        self.needs_peak = formula.needs_peak

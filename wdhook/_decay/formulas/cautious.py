@@ -14,14 +14,14 @@ from torch import Tensor
 from .. import tensors
 from ..entry import Due
 from ..tensors import Number
-from .base import Formula, How, Rates, Rest, Shrinking
+from .base import How, Rates, Rest, Wrapping
 
 _Before = list[tuple[Tensor, Tensor]]
 """Parameters (of a DTensor the local shard, of a sparse gradient the table), and their values
 before the update."""
 
 
-class Cautious(Formula):
+class Cautious(Wrapping):
     """Another formula, masked by the update. It keeps one copy of the parameters during the step.
 
     Nothing is decayed where nothing of a kind has moved: the step was skipped.
@@ -33,12 +33,6 @@ class Cautious(Formula):
     in_gradient = False
     needs_lr = True
     at_step_only = True
-
-    def __init__(self, formula: Shrinking) -> None:
-        self._formula = formula
-        self.name = formula.name
-        self.factor = formula.factor
-        self.needs_peak = formula.needs_peak
 
     def number(self, rates: Rates) -> Number:
         """The share of a value that one step takes away, where the update agrees."""

@@ -16,7 +16,7 @@ from .. import tensors
 from ..entry import Due
 from ..memory import Memo
 from ..tensors import Number
-from .base import How, Rates, Rest, Shrinking
+from .base import How, Rates, Rest, Shrinking, Wrapping
 
 
 def stride(dtype: torch.dtype) -> float:
@@ -28,7 +28,7 @@ def stride(dtype: torch.dtype) -> float:
     return max(4 * torch.finfo(dtype).eps, 2**-7)
 
 
-class Deferred(Shrinking):
+class Deferred(Wrapping, Shrinking):
     """Another formula, whose factors are collected where the parameters are of low precision.
 
     The factor that is written can be represented in the parameter's precision; what is left of the
@@ -43,10 +43,7 @@ class Deferred(Shrinking):
     remembers = True
 
     def __init__(self, formula: Shrinking, defers: bool = True) -> None:
-        self._formula = formula
-        self.name = formula.name
-        self.factor = formula.factor
-        self.needs_peak = formula.needs_peak
+        super().__init__(formula)
         self.defers = defers
         self.begins = formula.begins
 
@@ -106,12 +103,10 @@ class Deferred(Shrinking):
     def _settle(self, due: Due) -> None:
         """Write what is pending of parameters that have become wide since."""
         for param, memo in zip(due.params, _memos(due), strict=True):
-            product = memo.product
-            if product is not None or memo.written is not None:
-                memo.written = None
-                if product is not None and not self.waits(param.dtype):
-                    memo.product = None
-                    self.shrink_([param], [memo], product, False)
+            product, memo.written = memo.product, None
+            if product is not None and not self.waits(param.dtype):
+                memo.product = None
+                self.shrink_([param], [memo], product, False)
 
     def _collect(self, due: Due, number: Number, how: How) -> None:
         on_device = [isinstance(memo.product, Tensor) for memo in _memos(due)]

@@ -16,7 +16,7 @@ from .. import tensors
 from ..entry import Due
 from ..memory import Memo
 from ..tensors import Number
-from .base import Formula, How, Rates, Shrinking
+from .base import Formula, How, Rates, Shrinking, Wrapping
 from .coupled import Coupled
 
 
@@ -39,7 +39,7 @@ class _Toward(Formula):
         if isinstance(toward, float):
             memo.target = _number(toward, memo.target, param)
         elif memo.waits:
-            memo.target = kept(param, toward)
+            memo.target = first_values(param, toward)
         elif memo.target is not None:
             memo.target = _fitted(memo.target, param, toward)
 
@@ -48,18 +48,12 @@ class _Toward(Formula):
         return None if memo is None else memo.target
 
 
-class TowardShrinking(_Toward, Shrinking):
+class TowardShrinking(_Toward, Wrapping, Shrinking):
     """Another formula that multiplies the distance from the target: p ← t + (1 − amount)·(p − t).
 
     Args:
         formula: the one that says how much.
     """
-
-    def __init__(self, formula: Shrinking) -> None:
-        self._formula = formula
-        self.name = formula.name
-        self.factor = formula.factor
-        self.needs_peak = formula.needs_peak
 
     def amount(self, rates: Rates) -> Number:
         """That of the formula; in double precision on a device, since the weight of a target is
@@ -107,7 +101,7 @@ class TowardCoupled(_Toward, Coupled):
         super().add_(plain, number, how)
 
 
-def kept(param: Tensor, anchor: Anchor) -> Tensor:
+def first_values(param: Tensor, anchor: Anchor) -> Tensor:
     """A copy of the values of a parameter, where and in which precision its `Anchor` says.
 
     Raises:
@@ -165,14 +159,18 @@ def _fitted(target: Tensor, param: Tensor, anchor: Anchor) -> Tensor:
             )
         )
     if one.numel() and one.data_ptr() == other.data_ptr():
-        raise TargetError(
-            Problem(
-                "A target shares memory with its parameter, so it moves with the parameter, and "
-                "nothing would be decayed.",
-                'Use toward="init"; or give a copy: wdhook.Anchor(copy.deepcopy(model))',
-                {"parameter": tuple(param.shape)},
-            )
-        )
+        raise TargetError(shares_memory(tuple(param.shape)))
     if anchor.device is None and anchor.dtype is None:
         return target.to(param.device, param.dtype)
     return _placed(target, anchor)
+
+
+def shares_memory(parameter: object, names: tuple[str, ...] = ()) -> Problem:
+    """The problem of a target in the memory of its parameter."""
+    return Problem(
+        "A target shares memory with its parameter, so it moves with the parameter, and nothing "
+        "would be decayed.",
+        'Use toward="init"; or give a copy: wdhook.Anchor(copy.deepcopy(model))',
+        {"parameter": parameter},
+        names,
+    )

@@ -13,6 +13,7 @@ from ..._base.problem import Problem
 from ..._base.torch_private import is_part_of_flat_parameter, storage_of
 from ..._base.validate import is_number
 from ..._plan.anchor import Anchor
+from ..formulas import shares_memory
 from .base import Facts, Moment, Rule
 from .conditions import aimed
 
@@ -43,13 +44,7 @@ def target_is_the_parameter(facts: Facts) -> Iterator[Problem]:
     for found, known in facts.state.parameters.eligible():
         target, memory = known.decision.given, storage_of(found.param)
         if target is not None and memory is not None and storage_of(target) == memory:
-            yield Problem(
-                "A target shares memory with its parameter, so it moves with the parameter, and "
-                "nothing would be decayed.",
-                'Use toward="init"; or give a copy: wdhook.Anchor(copy.deepcopy(model))',
-                {"parameter": found.name},
-                (found.name,),
-            )
+            yield shares_memory(found.name, (found.name,))
             return
 
 
