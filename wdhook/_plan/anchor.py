@@ -31,7 +31,7 @@ class Anchor:
         ArgumentError: the source has no tensors, or no values (meta).
     """
 
-    __slots__ = ("_plain", "_values", "device", "dtype", "source")
+    __slots__ = ("_plain", "_values", "device", "dtype")
 
     def __init__(
         self,
@@ -40,7 +40,6 @@ class Anchor:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.source = source
         self.device = None if device is None else torch.device(device)
         self.dtype = dtype
         self._values = _values_of(source)
