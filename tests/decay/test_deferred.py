@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from twins import LR, NoReading, assert_bit_equal, batches, loss_of, perceptron, train, λ
+from twins import LR, NoReading, assert_bit_equal, batches, loss_of, perceptron, train, zero_step, λ
 
 import wdhook
 from wdhook._decay import rate as rate_module
@@ -37,9 +37,7 @@ def layer(dtype: torch.dtype = torch.bfloat16, size: int = 256) -> nn.Linear:
 def step_on_zeros(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
     """Steps whose gradients are 0: what moves a parameter is its decay."""
     for _ in range(steps):
-        optimizer.zero_grad()
-        sum((p * 0).sum() for p in model.parameters()).backward()
-        optimizer.step()
+        zero_step(model, optimizer)
 
 
 def share_kept(after: Tensor, before: Tensor, steps: int, amount: float = SMALL) -> float:

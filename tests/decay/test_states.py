@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
-from twins import assert_bit_equal, λ
+from twins import assert_bit_equal, zero_step, λ
 
 import wdhook
 
@@ -23,14 +23,6 @@ HOW: dict[str, Any] = {"mode": "independent", "at": "step"}
 def tower(count: int = 2) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(count)))
-
-
-def zero_step(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
-    """A step whose gradients are 0: what moves a parameter is its decay."""
-    model.zero_grad()
-    sum((p * 0).sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
-    for optimizer in optimizers:
-        optimizer.step()
 
 
 def factors(model: nn.Module, *optimizers: torch.optim.Optimizer) -> list[float]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from twins import LR, assert_bit_equal, batches, loss_of, perceptron, train, weights, λ
+from twins import LR, assert_bit_equal, batches, loss_of, perceptron, train, weights, zero_step, λ
 
 import wdhook
 
@@ -483,15 +483,6 @@ def test_a_state_is_saved_by_the_names_of_now(cut_first: bool) -> None:
 
 
 # ---------------------------------------------------------------- states of other shapes of a model
-
-
-def zero_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """A step whose gradients are 0: what moves a parameter is its decay."""
-    optimizer = SGD(model.parameters(), lr=LR) if optimizer is None else optimizer
-    optimizer.zero_grad()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    sum((p * 0).sum() for p in trained).backward()  # type: ignore[union-attr]
-    optimizer.step()
 
 
 def tower(count: int = 3) -> nn.Sequential:

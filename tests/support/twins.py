@@ -159,3 +159,13 @@ def train(
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             after_step()
+
+
+def zero_step(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
+    """A step whose gradients are 0: what moves a parameter is its decay. By plain SGD if none is
+    given."""
+    model.zero_grad()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sum((p * 0).sum() for p in trained).backward()  # type: ignore[union-attr]
+    for optimizer in optimizers or (torch.optim.SGD(model.parameters(), lr=LR),):
+        optimizer.step()
